@@ -1,0 +1,518 @@
+# SPDX-License-Identifier: MIT
+"""
+LoRA, DoRA, Pre-Diag and SORA in one file, with a GPT to try them on. It needs torch and nothing else; copy it.
+
+"Calibrating and Rotating: A Unified Framework for Weight Conditioning in PEFT" (Chang et al., AAAI 2026) looks at an
+adapter as a *conditioning matrix* applied to the weight W0 (out, in) of a frozen linear layer, and asks two things of
+it: is it placed before or after the low-rank update B A is added, and what kind of matrix is it?
+
+    method     W'                                           conditioning                       trained
+    LoRA       W0 + sBA                                     none                               A B
+    DoRA       diag(g) (W0 + sBA), g = m / ‖W0 + sBA‖row    after: diagonal                    A B m
+    Pre-Diag   diag(d) W0 + sBA                             before: diagonal                   A B d
+    SORA       R (diag(d) W0 + sBA), RᵀR = I                before: diagonal, after: rotation  A B d C E
+
+The whole file rests on one identity. Each of the four is a diagonal times W0, plus a low-rank product:
+
+    W' = diag(d⁺) W0 + B⁺ A⁺      so that      y = W'x + b = d⁺ ⊙ (W0 x) + B⁺ (A⁺ x) + b
+
+One layer holds everything that follows from it (forward, delta, merge). A method is its extra parameters and a few
+lines that return (d⁺, B⁺, A⁺): in a hurry, read `DiagonalPlusLowRank.forward` and each class's `factors`.
+
+Glossary
+    here            in the formulas                                               in the authors' code
+    weight          W0 (out, in), frozen                                          base_layer.weight
+    A, B            A (r, in), B (out, r): the low-rank pair                      lora_A, lora_B
+    r, alpha, s     rank of B A; s = alpha / r scales it                          r, lora_alpha, scaling
+    m               m (out,): DoRA's magnitude, one number per row of W'          -
+    d               d (out,): the diagonal that calibrates W0                     lora_Diag
+    C, E, r_p       C, E (out, r_p): the pair that spans the rotation             lora_C, lora_D
+    U, V, K, t      S = U Vᵀ (skew), R = I + K Vᵀ (rotation), t limits ‖S‖        -
+    factors()       (d⁺, B⁺, A⁺)                                                  -
+
+Use
+    from sora import adapt, adapter_state_dict, load_adapter, merge
+    adapt(model, "sora", r=16, alpha=32, r_p=4)            # freezes model, replaces its nn.Linear layers in place
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    ...                                                    # your training loop, unchanged
+    torch.save(adapter_state_dict(model), "sora.pt")       # only what was trained
+    load_adapter(fresh_model, torch.load("sora.pt"))       # on the same base, in another process
+    merge(model)                                           # plain nn.Linear layers again, no cost at inference
+
+Not in it: dropout on the adapter path, convolutions and embeddings, quantised bases, several adapters at once.
+nn.MultiheadAttention and nn.TransformerEncoderLayer read `.weight` behind the layer's back: their parts are no targets.
+
+References
+    LoRA      Hu et al. 2021, arXiv 2106.09685             DoRA      Liu et al. 2024, arXiv 2402.09353
+    SORA      Chang et al. 2025, arXiv 2511.00051; code: MaeChd/SORA, peft/tuners/sora/layer.py
+    entropy   Roy & Vetterli 2007 (p = σ/Σσ); Alter et al. 2000 (p = σ²/Σσ²)
+    GPT       Radford et al. 2019 (GPT-2); Karpathy, nanoGPT (layout and names)
+"""
+import ctypes
+import hashlib
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method: one layer, four ways to fill it
+
+
+class DiagonalPlusLowRank(nn.Module):
+    """A frozen linear layer, conditioned: y = d⁺ ⊙ (W0 x) + B⁺ (A⁺ x) + b. The methods below say what d⁺, B⁺, A⁺ are.
+
+    linear     the nn.Linear to adapt; its weight and bias are taken over (not copied) and frozen
+    r, alpha   rank of the low-rank pair, 1 ≤ r ≤ min(in, out), and its scale s = alpha / r
+    r_p        rank of each of SORA's C and E, at least 1 (SORA only)
+    exact      the exact rotation, or the authors' first-order one (SORA only)
+
+    x (..., in) -> y (..., out), in the dtype that nn.Linear gives. The adapter is float32 on a float32, bfloat16 or
+    float16 base, also under autocast and after `.to(bfloat16)`, and float64 on a float64 base. The bias is never
+    conditioned. Raises ValueError for a rank out of range, TypeError for anything but a floating-point nn.Linear.
+    """
+
+    def __init__(self, linear: nn.Linear, r: int = 16, alpha: float = 32, r_p: int = 4, exact: bool = True):
+        super().__init__()
+        _check(linear, r, r_p)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.r, self.alpha, self.r_p, self.exact, self.s = r, alpha, r_p, exact, alpha / r
+        self.weight, self.bias = linear.weight, linear.bias  # (out, in), (out,) or None
+        self.requires_grad_(False)
+        self.train(linear.training)
+        self.A = self._parameter(r, self.in_features)  # (r, in)
+        self.B = self._parameter(self.out_features, r)  # (out, r), zero: W' = W0 at the start
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def _parameter(self, *shape):
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.weight.device))
+
+    def factors(self):
+        """(d⁺, B⁺, A⁺): (out,) or None for ones, (out, k), (k, in). Here: no conditioning, W' = W0 + sBA."""
+        return None, self.s * self.B, self.A
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # norms and the solve in float32, whatever x is
+            d, B, A = self.factors()
+        low = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype), self.bias)  # (..., out)
+        y = F.linear(x, self.weight)  # (..., out)
+        return low + y if d is None else torch.addcmul(low, y, d.to(y.dtype))
+
+    @torch.no_grad()
+    def delta(self) -> torch.Tensor:
+        """W' − W0 (out, in), in the adapter's dtype, without the rounding of a subtraction."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            d, B, A = self.factors()
+            return B @ A if d is None else (d - 1)[:, None] * self.weight + B @ A
+
+    @torch.no_grad()
+    def merged_weight(self) -> torch.Tensor:
+        """W' (out, in), in W0's dtype; bit for bit W0 as long as nothing has been trained."""
+        return (self.weight + self.delta()).to(self.weight.dtype)
+
+    def _apply(self, fn, recurse=True):
+        """What `.to()` runs. `.to(bfloat16)` casts the base alone: in it the adapter would lose its small steps."""
+
+        def keep(tensor):
+            moved = fn(tensor)
+            narrowed = moved.dtype.itemsize < 4 and tensor is not self.weight and tensor is not self.bias
+            return tensor.to(moved.device) if narrowed else moved
+
+        return super()._apply(keep, recurse)
+
+    def extra_repr(self):
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, r={self.r}, alpha={self.alpha}"
+
+
+class LoRALinear(DiagonalPlusLowRank):
+    """LoRA (Hu et al. 2021):    W' = W0 + sBA
+
+    A   (r, in)    kaiming_uniform(a=√5)    trained
+    B   (out, r)   0                        trained
+    Parameters: r (in + out). No conditioning: this is the shared layer as it stands.
+    """
+
+    method = "lora"
+
+
+class DoRALinear(DiagonalPlusLowRank):
+    """DoRA in matrix form (Liu et al. 2024; Chang et al. 2025):    W' = diag(g) (W0 + sBA),  g = m / ‖W0 + sBA‖row
+
+    A, B           as in LoRA                     trained
+    m   (out,)     ‖W0‖row                        trained
+    w2  (out,)     ‖W0‖²row, kept from the start  a buffer
+    Parameters: r (in + out) + out. Row i of W' has norm |m_i|.
+    ‖·‖row is one Euclidean norm per output row, and a constant to the gradient (DoRA paper, section 4.3). It comes from
+        ‖W0 + sBA‖²row = ‖W0‖²row + rowsum(sB ⊙ (2 W0 Aᵀ + sB A Aᵀ))
+    so that no (out, in) matrix is formed, where the usual code forms B A in each forward pass.
+    """
+
+    method = "dora"
+
+    def __init__(self, linear: nn.Linear, *args, **kwargs):
+        super().__init__(linear, *args, **kwargs)
+        norm = torch.linalg.vector_norm(self.weight, dim=1, dtype=self.A.dtype)  # (out,)
+        self.m = nn.Parameter(norm)
+        self.register_buffer("w2", norm.square())
+
+    def factors(self):
+        _, B, A = super().factors()
+        with torch.no_grad():
+            WA = F.linear(self.weight, A.to(self.weight.dtype)).to(A.dtype)  # (out, r): W0 Aᵀ
+            norm2 = self.w2 + (B * (2 * WA + B @ (A @ A.T))).sum(1)  # (out,)
+            norm = norm2.clamp_min(torch.finfo(norm2.dtype).tiny).sqrt()  # a row of zeros stays one: g = 0 / tiny
+        g = self.m / norm  # (out,)
+        return g, g[:, None] * B, A
+
+
+class PreDiagLinear(DiagonalPlusLowRank):
+    """Pre-Diag (Chang et al. 2025):    W' = diag(d) W0 + sBA
+
+    A, B           as in LoRA    trained
+    d   (out,)     1             trained; one-dimensional, so that weight decay by dimension leaves it alone
+    Parameters: r (in + out) + out. The authors' layer scales the bias by d too; here only the weight is conditioned.
+    """
+
+    method = "prediag"
+
+    def __init__(self, linear: nn.Linear, *args, **kwargs):
+        super().__init__(linear, *args, **kwargs)
+        self.d = nn.Parameter(torch.ones_like(self.B[:, 0]))
+
+    def factors(self):
+        _, B, A = super().factors()
+        return self.d, B, A
+
+
+class SORALinear(PreDiagLinear):
+    """SORA (Chang et al. 2025):    W' = R (diag(d) W0 + sBA),  R orthogonal
+
+    A, B, d               as in Pre-Diag                           trained
+    C   (out, r_p)        kaiming_uniform(a=√5, mode="fan_out")    trained
+    E   (out, r_p)        a copy of C, so that R = I, but not      trained
+                          its gradient 0
+    Parameters: r (in + out) + out + 2 r_p out. R = I + K Vᵀ (see `rotation`), so that
+        W' = diag(d) W0 + [sB, K] [A ; Vᵀ (diag(d) W0 + sBA)]
+    is low-rank again: a token costs what it costs LoRA at rank r + 2 r_p.
+
+    Where we differ from the authors' layer, on purpose:
+    - theirs is R = I + S, only first-order orthogonal: RᵀR = I − S², so norms can only grow (exact=False gives it);
+    - theirs scales and rotates the bias too; here only the weight is conditioned;
+    - theirs leaves the identity out of the merged weight, so a fresh adapter merges to zero; here merging is exact.
+    """
+
+    method = "sora"
+
+    def __init__(self, linear: nn.Linear, *args, **kwargs):
+        super().__init__(linear, *args, **kwargs)
+        self.C = self._parameter(self.out_features, self.r_p)
+        nn.init.kaiming_uniform_(self.C, a=math.sqrt(5), mode="fan_out")
+        self.E = nn.Parameter(self.C.detach().clone())
+
+    def factors(self):
+        d, B, A = super().factors()
+        K, V = rotation(self.C, self.E, self.exact)  # (out, 2 r_p) each
+        VW = ((d[:, None] * V).T.to(self.weight.dtype) @ self.weight).to(A.dtype) + (V.T @ B) @ A  # (2 r_p, in)
+        return d, torch.cat([B, K], 1), torch.cat([A, VW])  # (out,), (out, r + 2 r_p), (r + 2 r_p, in)
+
+
+def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """(K, V), both (out, 2 r_p), of the rotation R = I + K Vᵀ that the pair C, E (out, r_p) spans.
+
+    S = t (E Cᵀ − C Eᵀ) is skew, t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)). With D = E − C it is t (D Cᵀ − C Dᵀ) as well (C Cᵀ
+    cancels), which is exactly 0 at the start, where E = C, and loses no digits near it. As S = U Vᵀ with U = t [D, −C]
+    and V = [C, D], Woodbury's identity turns Cayley's R = (I − S/2)⁻¹ (I + S/2) into R = I + K Vᵀ with
+    K = U (I − VᵀU/2)⁻¹: a 2r_p × 2r_p solve that is never singular. exact=False stops at first order: R = I + S, K = U.
+    """
+    dtype = C.dtype
+    if C.device.type != "mps":  # which has no float64
+        C, E = C.double(), E.double()  # a few numbers: in float32 large C and E would cost R two of its digits
+    t = (1 / (C.norm() + E.norm() + 1e-6)).clamp(max=1)
+    D = E - C
+    U, V = t * torch.cat([D, -C], 1), torch.cat([C, D], 1)
+    M = torch.eye(U.shape[1], dtype=U.dtype, device=U.device) - V.T @ U / 2  # (2 r_p, 2 r_p)
+    K = torch.linalg.solve_ex(M, U, left=False)[0] if exact else U  # solve would wait for the GPU to check M
+    return K.to(dtype), V.to(dtype)
+
+
+METHODS = {layer.method: layer for layer in (LoRALinear, DoRALinear, PreDiagLinear, SORALinear)}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plumbing: attach, merge, save, load
+
+
+def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32, r_p: int = 4, targets=None,
+          exact: bool = True) -> nn.Module:
+    """Freeze `model` and replace its target nn.Linear layers, in place; returns the model.
+
+    method    one of METHODS: "lora", "dora", "prediag", "sora"
+    targets   None: every nn.Linear but those that share their weight with an embedding (a tied head). Else names or
+              endings of names, matched on whole dotted parts: ["c_attn", "mlp.c_proj"]
+    r, alpha, r_p, exact: see DiagonalPlusLowRank. A layer that stands under several names stays shared.
+    Raises ValueError (an unknown method, a target that matches nothing, a rank out of range, a model that is adapted
+    already) or TypeError (a target that is not a plain floating-point nn.Linear), before anything is changed.
+    """
+    linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if name and isinstance(m, nn.Linear)}
+    if targets is None:
+        tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        found = {"every nn.Linear": [name for name, linear in linears.items() if id(linear.weight) not in tied]}
+    else:
+        targets = [targets] if isinstance(targets, str) else targets
+        found = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in targets}
+    missing = [target for target, names in found.items() if not names]
+    if (missing or not found) and not _adapted(model):
+        exist = sorted({name.rpartition(".")[2] for name in linears}) or ["no nn.Linear at all"]
+        raise ValueError(f"targets match nothing: {', '.join(missing)}; the model has {', '.join(exist)}")
+    return _attach(model, [*dict.fromkeys(sum(found.values(), []))], method, r, alpha, r_p, exact)
+
+
+def _attach(model, names, method, r, alpha, r_p, exact):
+    adapted = [layer.method for layer in _adapted(model).values()]
+    if adapted:
+        raise ValueError(f"the model is adapted already, with {adapted[0]} in {len(adapted)} layers: merge it first")
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
+    linears = {name: model.get_submodule(name) for name in names}
+    for name, linear in linears.items():
+        _check(linear, r, r_p, name)
+    model.requires_grad_(False)
+    return _replace(model, linears, lambda linear: METHODS[method](linear, r, alpha, r_p, exact))
+
+
+def _check(linear, r, r_p, name="the layer"):
+    if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
+        raise TypeError(f"{name} is no plain floating-point nn.Linear but {linear}: leave it out of targets")
+    if not 1 <= r <= min(linear.weight.shape):
+        raise ValueError(f"r={r} is outside 1..{min(linear.weight.shape)} of {name} ({linear.in_features} -> "
+                         f"{linear.out_features}): choose another r, or leave the layer out of targets")
+    if r_p < 1:
+        raise ValueError(f"r_p={r_p} is not at least 1: choose a larger one")
+
+
+def _adapted(model):
+    return {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, DiagonalPlusLowRank)}
+
+
+def _replace(model, modules, build):
+    """Set build(module) in place of each named module, and build only one for a module with several names."""
+    built = {module: build(module) for module in modules.values()}
+    for name, module in modules.items():
+        model.set_submodule(name, built[module])
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Turn every adapted layer into a plain, frozen nn.Linear with weight W' and the same bias, in place.
+
+    It never happens by itself, in train() or eval(). A model without adapters is returned as it is.
+    """
+
+    def plain(layer):
+        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(layer.merged_weight(), requires_grad=False), layer.bias
+        return linear.train(layer.training)
+
+    return _replace(model, _adapted(model), plain)
+
+
+SETTINGS = ("method", "r", "alpha", "r_p", "exact")
+
+
+def adapter_state_dict(model: nn.Module) -> dict:
+    """What was trained (copies, on the CPU) and what load_adapter needs: method, r, alpha, r_p, exact, the names of the
+    layers in targets, and a fingerprint of their W0. Raises ValueError for a model without adapters."""
+    layers = _adapted(model)
+    if not layers:
+        raise ValueError("the model has no adapter: adapt(model, ...) attaches one, merge(model) removes it")
+    trained = {f"{name}.{key}": p.detach().to("cpu", copy=True)
+               for name, layer in layers.items() for key, p in layer.named_parameters() if p.requires_grad}
+    return {key: getattr(next(iter(layers.values())), key) for key in SETTINGS} | {
+        "targets": [*layers], "fingerprint": _fingerprint(layers.values()), "trained": trained}
+
+
+def load_adapter(model: nn.Module, state: dict) -> nn.Module:
+    """Put an adapter_state_dict on `model`, in place: on a plain base, which it adapts, or on a model adapted alike.
+
+    Raises ValueError, before anything is changed, when a layer is missing, the model is adapted in another way, or the
+    base is not the one the adapter was trained on. (The fingerprint sees W0 in bfloat16: the base may be cast to it.)
+    """
+    modules, layers = dict(model.named_modules(remove_duplicate=False)), _adapted(model)
+    missing = [name for name in state["targets"] if not hasattr(modules.get(name), "weight")]
+    if missing:
+        raise ValueError(f"the adapter is for layers that the model has not: {', '.join(missing)}")
+    for key, mine in adapter_state_dict(model).items() if layers else ():
+        if key in (*SETTINGS, "targets") and mine != state[key]:
+            raise ValueError(f"the adapter has {key}={state[key]}, the adapted model {key}={mine}: use a fresh base")
+    fingerprint = _fingerprint(modules[name] for name in state["targets"])
+    if fingerprint != state["fingerprint"]:
+        raise ValueError(f"the adapter was trained on another base: {state['fingerprint']}, not {fingerprint}")
+    if not layers:
+        _attach(model, state["targets"], *(state[key] for key in SETTINGS))
+    with torch.no_grad():
+        for name, tensor in state["trained"].items():
+            model.get_parameter(name).copy_(tensor)
+    return model
+
+
+def _fingerprint(layers):
+    """A hash of the base weights, the same on every device and for a base cast to bfloat16."""
+    digest = hashlib.sha256()
+    for layer in layers:
+        weight = layer.weight.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(ctypes.string_at(weight.data_ptr(), weight.nbytes))
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The spectrum of an update: how evenly are its singular values spread?
+
+
+def svd_entropy(matrix: torch.Tensor, power: float = 2) -> float:
+    """H = −Σ p ln p / ln min(out, in) in [0, 1], with p = σ^power / Σ σ^power over the singular values σ of `matrix`.
+
+    0: one direction carries everything. 1: all singular values are equal. power=2 is the entropy of the energy (Alter
+    et al. 2000) and hardly sees a long flat tail; power=1 (Roy & Vetterli 2007) counts the tail in full. At rank r both
+    stay below ln r / ln min(out, in). `matrix` may also be its singular values (1-D). nan for a matrix of zeros.
+    """
+    sigma = _singular_values(matrix)
+    return _entropy(sigma, power) / math.log(len(sigma)) if len(sigma) > 1 else math.nan
+
+
+def effective_rank(matrix: torch.Tensor, power: float = 1) -> float:
+    """exp(−Σ p ln p) in [1, min(out, in)]: how many equal singular values would have this entropy (Roy & Vetterli)."""
+    return math.exp(_entropy(_singular_values(matrix), power))
+
+
+def stable_rank(matrix: torch.Tensor) -> float:
+    """Σσ² / max σ² in [1, min(out, in)], the squared Frobenius norm over the squared spectral norm."""
+    sigma = _singular_values(matrix)
+    return (sigma.square().sum() / sigma.max().square()).item()
+
+
+def _singular_values(matrix):
+    return matrix if matrix.ndim == 1 else torch.linalg.svdvals(matrix.detach().float())
+
+
+def _entropy(sigma, power):
+    p = (sigma / sigma.max()).double() ** power
+    return torch.special.entr(p / p.sum()).sum().item()
+
+
+# =====================================================================================================================
+# Above: the method. Below: a GPT to try it on, in nanoGPT's layout and with its names.
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # the longest context, in tokens
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768  # GPT-2's smallest
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, C / heads) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, C / heads)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019): tokens (B, T) -> logits (B, T, vocab), or, given targets (B, T), their mean loss."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied
+        for name, p in self.named_parameters():  # as GPT-2: less where the residual stream adds up 2 n_layer outputs
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer if name.endswith("c_proj.weight") else 1))
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        if tokens.shape[1] > self.config.block_size:
+            raise ValueError(f"{tokens.shape[1]} tokens are more than the context of {self.config.block_size}")
+        positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
+        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab)
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, tokens: torch.Tensor, n: int, temperature: float = 1.0, top_k: int | None = None,
+                 generator: torch.Generator | None = None) -> torch.Tensor:
+        """Append n sampled tokens: (B, T) -> (B, T + n). Nothing is cached, so each token costs a full pass."""
+        for _ in range(n):
+            logits = self(tokens[:, -self.config.block_size:])[:, -1] / temperature  # (B, vocab)
+            if top_k is not None:
+                logits[logits < logits.topk(min(top_k, logits.shape[1])).values[:, -1:]] = -math.inf
+            drawn = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)  # (B, 1)
+            tokens = torch.cat([tokens, drawn], 1)
+        return tokens
+
+    def checkpoint(self) -> dict:
+        """What from_pretrained needs, once it is saved."""
+        return {"config": asdict(self.config), "model": self.state_dict()}
+
+    @classmethod
+    def from_pretrained(cls, path: str) -> "GPT":
+        """The GPT of a saved `checkpoint()`, in float32 on the CPU. No code from the file is ever run."""
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or not {"config", "model"} <= checkpoint.keys():
+            raise ValueError(f"{path} is no checkpoint of this GPT: it lacks 'config' or 'model'")
+        model = cls(GPTConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+        return model
+
+
+def save(state: dict, path: str):
+    """torch.save under a temporary name, then a move: a half-written file never stands under `path`."""
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)

@@ -1,0 +1,585 @@
+"""python -m pytest -q
+
+The references are slow, dense and in float64: the formulas as they are printed, one matrix after the other.
+"""
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import sora
+import train_gpt
+from sora import (GPT, METHODS, DoRALinear, GPTConfig, SORALinear, adapt, adapter_state_dict, load_adapter, merge,
+                  rotation)
+
+HERE = Path(__file__).parent
+ALL = pytest.mark.parametrize("method", METHODS)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def linear(n_in=7, n_out=5, bias=True, dtype=torch.float64, seed=0):
+    layer = nn.Linear(n_in, n_out, bias, dtype=dtype)
+    for p in layer.parameters():
+        nn.init.normal_(p, generator=rng(seed))
+    return layer
+
+
+def trained(module, scale=0.5, seed=1):
+    """Give every trained parameter a random value, as if training had happened."""
+    g = rng(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=g).to(p) * scale)
+    return module
+
+
+def tiny_gpt(seed=0, **shape):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 8} | shape))
+
+
+def tokens(*shape, vocabulary=11, seed=0):
+    return torch.randint(vocabulary, shape, generator=rng(seed))
+
+
+def dense(method, W, p, s, exact=True):
+    """W' by the book: dense, one matrix after the other."""
+    BA = s * p["B"] @ p["A"]
+    if method == "lora":
+        return W + BA
+    if method == "dora":
+        return torch.diag(p["m"] / (W + BA).norm(dim=1).detach()) @ (W + BA)
+    calibrated = torch.diag(p["d"]) @ W + BA
+    if method == "prediag":
+        return calibrated
+    C, E = p["C"], p["E"]
+    S = min(1, 1 / (C.norm() + E.norm() + 1e-6)) * (E @ C.T - C @ E.T)
+    I = torch.eye(len(S), dtype=S.dtype)
+    return (torch.linalg.solve(I - S / 2, I + S / 2) if exact else I + S) @ calibrated
+
+
+CASES = [(m, True) for m in METHODS] + [("sora", False)]
+
+
+# ------------------------------------------------------------------------------------------------ against the formulas
+
+
+@pytest.mark.parametrize("method, exact", CASES)
+@pytest.mark.parametrize("n_in, n_out, bias, batch", [(7, 5, True, (4,)), (5, 9, False, (2, 3)), (6, 6, True, (2, 3))])
+def test_outputs_gradients_and_merged_weight_equal_the_dense_formula(method, exact, n_in, n_out, bias, batch):
+    base = linear(n_in, n_out, bias)
+    layer = trained(METHODS[method](base, r=3, alpha=5, r_p=2, exact=exact))
+    x = torch.randn(*batch, n_in, dtype=torch.float64, generator=rng(2), requires_grad=True)
+    dy = torch.randn(*batch, n_out, dtype=torch.float64, generator=rng(3))
+    p = {name: q.detach().clone().requires_grad_() for name, q in layer.named_parameters() if q.requires_grad}
+    W = dense(method, base.weight.detach(), p, 5 / 3, exact)
+
+    y, expected = layer(x), F.linear(x, W, base.bias)
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    found = torch.autograd.grad(y, [x, *(layer.get_parameter(name) for name in p)], dy)
+    wanted = torch.autograd.grad(expected, [x, *p.values()], dy)
+    for name, a, b in zip(["x", *p], found, wanted):
+        assert b.abs().max() > 1e-3, f"the gradient of {name} is hardly tested"
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"d{name}: {text}")
+    torch.testing.assert_close(layer.merged_weight(), W.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer.delta(), W.detach() - base.weight.detach(), rtol=1e-10, atol=1e-10)
+
+    count = 3 * (n_in + n_out) + {"lora": 0, "dora": n_out, "prediag": n_out, "sora": n_out + 2 * 2 * n_out}[method]
+    assert sum(q.numel() for q in layer.parameters() if q.requires_grad) == count
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exact", [True, False])
+def test_identity_at_the_start(method, dtype, exact):
+    base = linear(7, 5, dtype=dtype)
+    layer = METHODS[method](base, r=3, exact=exact)
+    x = torch.randn(4, 7, generator=rng()).to(dtype)
+    assert torch.equal(layer.merged_weight(), base.weight) and not layer.delta().any()
+    torch.testing.assert_close(layer(x), base(x), rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+    layer(x).square().sum().backward()
+    moves = {name for name, p in layer.named_parameters() if p.grad is not None and p.grad.any()}
+    assert moves == {"lora": {*"B"}, "dora": {*"Bm"}, "prediag": {*"Bd"}, "sora": {*"BdCE"}}[method]  # A waits for B
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("n_in, n_out, bias", [(7, 5, True), (5, 9, False), (6, 6, True)])
+def test_equals_peft(method, n_in, n_out, bias):
+    peft = pytest.importorskip("peft")
+    base = linear(n_in, n_out, bias)
+    layer = trained(METHODS[method](copy.deepcopy(base), r=3, alpha=5))
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"], use_dora=method == "dora")
+    model = peft.get_peft_model(nn.Sequential(base), config)
+    theirs = model.base_model.model[0]
+    pairs = {"A": theirs.lora_A["default"].weight, "B": theirs.lora_B["default"].weight}
+    if method == "dora":
+        pairs["m"] = theirs.lora_magnitude_vector["default"].weight
+    with torch.no_grad():
+        for name, q in pairs.items():
+            q.copy_(layer.get_parameter(name))
+    x = torch.randn(2, 3, n_in, dtype=torch.float64, generator=rng(2))
+    dy = torch.randn(2, 3, n_out, dtype=torch.float64, generator=rng(3))
+    mine = [layer(x), *torch.autograd.grad(layer(x), [layer.get_parameter(name) for name in pairs], dy)]
+    for a, b in zip(mine, [model(x), *torch.autograd.grad(model(x), list(pairs.values()), dy)]):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@ALL
+def test_the_bias_is_never_conditioned(method):
+    layer = trained(METHODS[method](linear(), r=3))
+    torch.testing.assert_close(layer(torch.zeros(1, 7, dtype=torch.float64))[0], layer.bias, rtol=0, atol=0)
+
+
+def test_dora_row_norms_are_m():
+    layer = trained(DoRALinear(linear(40, 30, dtype=torch.float32), r=8))
+    with torch.no_grad():
+        layer.m[::2] *= -1
+    torch.testing.assert_close(layer.merged_weight().norm(dim=1), layer.m.abs(), rtol=1e-5, atol=1e-5)
+
+
+def test_dora_keeps_a_row_of_zeros():
+    base = linear()
+    with torch.no_grad():
+        base.weight[2] = 0
+    layer = DoRALinear(base, r=3)
+    layer(torch.ones(1, 7, dtype=torch.float64)).sum().backward()
+    assert torch.equal(layer.merged_weight(), base.weight) and all(p.grad.isfinite().all() for p in (layer.B, layer.m))
+
+
+@ALL
+def test_forward_forms_no_dense_update(method):
+    layer = trained(METHODS[method](linear(11, 13), r=3, r_p=2))
+    shapes, W0 = [], layer.weight.untyped_storage().data_ptr()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() != W0:  # a view of W0 costs nothing
+                shapes.append(tuple(out.shape))
+            return out
+
+    with Watch():
+        layer(torch.randn(4, 11, dtype=torch.float64))
+    assert (4, 13) in shapes and not {(11, 13), (13, 11)} & set(shapes)
+
+
+# --------------------------------------------------------------------------------------------------------- the rotation
+
+
+def test_rotation_by_hand():
+    """C = (1, 0)ᵀ and E = (0, 1)ᵀ: t = 1/2, S = ((0, −1/2), (1/2, 0)), and Cayley turns the plane by 2 arctan 1/4."""
+    C, E = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
+    K, V = rotation(C, E)
+    R = torch.eye(2) + K @ V.T
+    torch.testing.assert_close(R, torch.tensor([[15.0, -8.0], [8.0, 15.0]]) / 17, rtol=0, atol=1e-6)
+    assert math.degrees(math.atan2(R[1, 0], R[0, 0])) == pytest.approx(2 * math.degrees(math.atan(1 / 4)), abs=1e-4)
+    K, V = rotation(C, E, exact=False)
+    torch.testing.assert_close(torch.eye(2) + K @ V.T, torch.tensor([[1.0, -0.5], [0.5, 1.0]]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size, apart, n_out, r_p", [*product([0, 1, 100], [1e-3, 1, None], [8, 64, 500], [1, 4])])
+def test_rotation_is_orthogonal(size, apart, n_out, r_p):
+    """In float32: E near its start (C), away from it, unrelated to it; C and E of usual size and a hundred times it."""
+    layer = SORALinear(linear(8, n_out, dtype=torch.float32), r=2, r_p=r_p)
+    noise = torch.randn(n_out, r_p, generator=rng()) * layer.C.std()
+    C = layer.C.detach() * size
+    E = size * noise if apart is None else C + size * apart * noise
+    K, V = (f.double() for f in rotation(C, E))
+    I = torch.eye(n_out, dtype=torch.float64)
+    R = I + K @ V.T
+    assert (R.T @ R - I).abs().max() < 1e-6
+    assert not size or (R - I).norm() > (1e-4 if apart == 1e-3 else 1e-1)
+
+
+def test_the_first_order_rotation_only_stretches():
+    C, E = torch.randn(2, 6, 2, dtype=torch.float64, generator=rng())
+    K, V = rotation(C, E, exact=False)
+    S, I = K @ V.T, torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(S.T, -S)
+    torch.testing.assert_close((I + S).T @ (I + S), I - S @ S)
+    assert torch.linalg.svdvals(I + S).min() > 1 - 1e-12 and torch.linalg.svdvals(I + S).max() > 1.01
+
+
+# --------------------------------------------------------------------------------------------------------- the spectrum
+
+
+def test_entropies_of_known_spectra():
+    spectra = {(1, 1, 1, 1): (1, 1), (5, 0, 0, 0): (0, 0), (3, 3, 0, 0): (0.5, 0.5),
+               (2, 1, 0, 0): (-(0.8 * math.log(0.8) + 0.2 * math.log(0.2)) / math.log(4),
+                              -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)) / math.log(4))}
+    Q = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=rng()))[0]
+    P = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=rng()))[0][:, :4]
+    for sigma, (energy, flat) in spectra.items():
+        sigma = torch.tensor(sigma, dtype=torch.float64)
+        for matrix in (sigma, Q @ torch.diag(sigma) @ P.T, 1e-12 * P @ torch.diag(sigma) @ Q):
+            assert sora.svd_entropy(matrix) == sora.svd_entropy(matrix, 2) == pytest.approx(energy, abs=1e-5)
+            assert sora.svd_entropy(matrix, 1) == pytest.approx(flat, abs=1e-5)
+            assert sora.effective_rank(matrix) == pytest.approx(4**flat, rel=1e-4)
+            assert sora.stable_rank(matrix) == pytest.approx((sigma.square().sum() / sigma[0] ** 2).item(), rel=1e-5)
+    assert all(math.isnan(f(torch.zeros(3, 4))) for f in (sora.svd_entropy, sora.effective_rank, sora.stable_rank))
+
+
+# --------------------------------------------------------------------------------------------------------- the plumbing
+
+
+def train(model, steps=3, batch=None):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    batch = tokens(4, 9) if batch is None else batch
+    for _ in range(steps):
+        model(batch[:, :-1], batch[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@ALL
+def test_training_changes_the_adapter_alone_and_merging_is_exact(method):
+    base = tiny_gpt()
+    model = adapt(copy.deepcopy(base), method, r=2, r_p=2)
+    x = tokens(3, 8)
+    torch.testing.assert_close(model(x), base(x), rtol=1e-6, atol=1e-6)
+    before = copy.deepcopy(model.state_dict())
+    train(model)
+    names = {"lora": "AB", "dora": "ABm", "prediag": "ABd", "sora": "ABdCE"}[method]
+    for name, tensor in model.state_dict().items():
+        ours = name.rpartition(".")[2] in [*names]
+        assert torch.equal(tensor, before[name]) != ours, name
+        if not ours and not name.endswith("w2"):
+            assert torch.equal(tensor, base.state_dict()[name]), name
+    after = copy.deepcopy(model.state_dict())
+    model.train().eval().train()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in model.state_dict().items())
+
+    y = model(x)
+    assert (y - base(x)).abs().max() > 1e-2
+    assert merge(model) is model and {type(m) for m in model.modules() if hasattr(m, "in_features")} == {nn.Linear}
+    torch.testing.assert_close(model(x), y, rtol=1e-5, atol=1e-5)
+    once = copy.deepcopy(model.state_dict())
+    merge(model)
+    assert once.keys() == base.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, once[name]) for name, tensor in model.state_dict().items())
+
+
+def test_targets_match_whole_dotted_parts():
+    def adapted(targets):
+        return [name for name, m in adapt(tiny_gpt(), "lora", r=2, targets=targets).named_modules() if hasattr(m, "A")]
+
+    assert len(adapted(None)) == 8 and not any("lm_head" in name for name in adapted(None))
+    assert adapted(["mlp.c_proj"]) == adapted("mlp.c_proj") == [f"transformer.h.{i}.mlp.c_proj" for i in (0, 1)]
+    assert adapted(["transformer.h.1.attn.c_attn"]) == ["transformer.h.1.attn.c_attn"]
+    assert len(adapted(["c_proj", "mlp.c_proj", "c_fc"])) == 6
+    with pytest.raises(ValueError, match="nothing: proj, attn; the model has c_attn, c_fc, c_proj, lm_head"):
+        adapted(["c_fc", "proj", "attn"])
+
+
+def test_errors_name_what_exists_and_change_nothing():
+    model = tiny_gpt()
+    before = model.state_dict().keys()
+    for error, text, options in [
+        (ValueError, "unknown method 'lore': choose one of lora, dora, prediag, sora", {"method": "lore"}),
+        (ValueError, r"r=9 is outside 1\.\.8 of transformer.h.0.attn.c_attn \(8 -> 24\)", {"r": 9}),
+        (ValueError, r"r=0 is outside 1\.\.8", {"r": 0}),
+        (ValueError, "r_p=0 is not at least 1", {"r": 2, "r_p": 0}),
+        (ValueError, "targets match nothing: proj; the model has c_attn, c_fc, c_proj, lm_head", {"targets": "proj"}),
+    ]:
+        with pytest.raises(error, match=text):
+            adapt(model, **options)
+        assert model.state_dict().keys() == before and all(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="every nn.Linear; the model has no nn.Linear at all"):
+        adapt(nn.Sequential(nn.Conv2d(1, 1, 1)))
+    with pytest.raises(TypeError, match="out_proj is no plain.* but NonDynamicallyQuantizableLinear"):
+        adapt(nn.Sequential(nn.MultiheadAttention(8, 2)), r=2)
+    adapt(model, "dora", r=2, r_p=2)
+    with pytest.raises(ValueError, match="adapted already, with dora in 8 layers"):
+        adapt(model, "sora", r=2)
+    with pytest.raises(ValueError, match="no adapter"):
+        adapter_state_dict(tiny_gpt())
+
+
+def test_a_shared_layer_stays_shared():
+    shared = nn.Linear(4, 4)
+    model = adapt(nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)}), r=2)
+    assert model["a"] is model["b"][0] and isinstance(model["a"], SORALinear)
+    state = adapter_state_dict(trained(model))
+    assert torch.equal(merge(model)["a"].weight, model["b"][0].weight) and model["a"] is model["b"][0]
+    fresh = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    assert torch.equal(merge(load_adapter(fresh, state))["a"].weight, model["a"].weight)
+
+
+@ALL
+def test_an_adapter_travels_alone(method, tmp_path):
+    base, x = tiny_gpt(), tokens(3, 8)
+    model = trained(adapt(copy.deepcopy(base), method, r=2, r_p=3, alpha=5, targets=["attn.c_proj", "c_fc"]))
+    sora.save(adapter_state_dict(model), tmp_path / "a.pt")
+    assert os.listdir(tmp_path) == ["a.pt"]
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert {key: state[key] for key in ("method", "r", "alpha", "r_p", "exact")} == {
+        "method": method, "r": 2, "alpha": 5, "r_p": 3, "exact": True}
+    assert torch.equal(load_adapter(copy.deepcopy(base), state)(x), model(x))  # on a plain base
+    again = adapt(copy.deepcopy(base), method, r=2, r_p=3, alpha=5, targets=["attn.c_proj", "c_fc"])
+    assert torch.equal(load_adapter(again, state)(x), model(x))  # on an adapted one
+    load_adapter(copy.deepcopy(base).bfloat16(), state)  # the same base, cast
+    train(model)
+    assert not torch.equal(model.transformer.h[0].mlp.c_fc.B, state["trained"]["transformer.h.0.mlp.c_fc.B"])
+
+    for wrong, text in [(tiny_gpt(seed=1), "another base"), (adapt(tiny_gpt(), method, r=3, r_p=3), "r=2.*r=3"),
+                        (adapt(tiny_gpt(), "lora" if method != "lora" else "dora", r=2), f"method={method}"),
+                        (nn.Linear(2, 2), "layers that the model has not: transformer.h.0")]:
+        before = copy.deepcopy(wrong.state_dict())
+        with pytest.raises(ValueError, match=text):
+            load_adapter(wrong, state)
+        assert wrong.state_dict().keys() == before.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in wrong.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------------- plain modules
+
+
+@ALL
+def test_deepcopy_state_dict_and_checkpointing(method):
+    model, x = trained(adapt(tiny_gpt(), method, r=2, r_p=2)), tokens(3, 8)
+    y = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), y)
+    other = adapt(tiny_gpt(seed=1), method, r=2, r_p=2)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), y)
+    layer = model.transformer.h[0].attn.c_attn
+    h = torch.randn(3, 8, generator=rng(), requires_grad=True)
+    leaves = [h, *(p for p in layer.parameters() if p.requires_grad)]
+    plain = torch.autograd.grad(layer(h).square().sum(), leaves)
+    for a, b in zip(torch.autograd.grad(checkpoint(layer, h, use_reentrant=False).square().sum(), leaves), plain):
+        assert torch.equal(a, b)
+
+
+@ALL
+def test_dtypes(method):
+    """The adapter stays float32 on a bfloat16 base, under autocast, after .to(bfloat16); results are near float32's."""
+    wide = trained(adapt(tiny_gpt(), method, r=2, r_p=2), scale=0.1)
+    x, ours = tokens(3, 8), [name for name, p in wide.named_parameters() if p.requires_grad]
+    ours += [name for name, _ in wide.named_buffers()]
+    narrow = copy.deepcopy(wide).to(torch.bfloat16)
+    assert narrow.transformer.wte.weight.dtype == narrow.transformer.h[0].mlp.c_fc.weight.dtype == torch.bfloat16
+    assert all(torch.equal(narrow.state_dict()[name], wide.state_dict()[name]) for name in ours)
+    assert adapt(tiny_gpt().bfloat16(), method, r=2, r_p=2).transformer.h[0].mlp.c_fc.A.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert wide.transformer.h[0].mlp.c_fc(torch.randn(3, 8)).dtype == torch.bfloat16
+        mixed = wide(x)
+    for y in (narrow(x), mixed):
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), wide(x), rtol=0.05, atol=0.05)
+        y.float().square().mean().backward()
+    trained_names = [name for name in ours if "w2" not in name]
+    assert all(m.get_parameter(name).grad.dtype == torch.float32 for m in (narrow, wide) for name in trained_names)
+    assert copy.deepcopy(wide).double().transformer.h[0].mlp.c_fc.A.dtype == torch.float64
+    assert wide.to("meta").transformer.h[0].mlp.c_fc.A.is_meta
+
+
+@ALL
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_without_a_graph_break(method):
+    torch.compiler.reset()
+    model, batch = trained(adapt(tiny_gpt(), method, r=2, r_p=2), scale=0.1), tokens(3, 9)
+    model(batch[:, :-1], batch[:, 1:]).backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(batch[:, :-1], batch[:, 1:]).backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(batch[:, :-1], batch[:, 1:]).backward()
+
+
+# -------------------------------------------------------------------------------------------------------------- the GPT
+
+
+def test_gpt_is_causal():
+    model, x = tiny_gpt().double(), tokens(2, 8)
+    changed = x.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 11
+    a, b = model(x), model(changed)
+    assert torch.equal(a[:, :5], b[:, :5]) and (a[:, 5:] - b[:, 5:]).abs().amax((0, 2)).min() > 0
+
+
+def test_gpt_by_hand():
+    """One block, written out: attention is softmax(QKᵀ/√d + mask) V, head by head."""
+    model, x = trained(tiny_gpt(n_layer=1)).double(), tokens(1, 8)
+    state = {name.replace("transformer.", ""): p.detach() for name, p in model.named_parameters()}
+
+    def norm(h, name):
+        h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        return h * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def affine(h, name):
+        return h @ state[f"h.0.{name}.weight"].T + state[f"h.0.{name}.bias"]
+
+    h = state["wte.weight"][x[0]] + state["wpe.weight"]
+    qkv, heads = affine(norm(h, "h.0.ln_1"), "attn.c_attn"), []
+    for i in range(2):
+        q, k, v = (qkv[:, 8 * j + 4 * i: 8 * j + 4 * i + 4] for j in range(3))
+        scores = q @ k.T / 2 + torch.full((8, 8), -math.inf).triu(1)
+        heads.append(scores.softmax(-1) @ v)
+    h = h + affine(torch.cat(heads, 1), "attn.c_proj")
+    u = affine(norm(h, "h.0.ln_2"), "mlp.c_fc")
+    h = h + affine(u / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))), "mlp.c_proj")
+    torch.testing.assert_close(model(x)[0], norm(h, "ln_f") @ state["wte.weight"].T)
+
+
+def test_gpt_ties_its_head_generates_and_saves(tmp_path):
+    model, x = tiny_gpt(), tokens(2, 3)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    adapt(model, r=2)
+    assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.transformer.wte.weight
+    merge(model)
+    a, b = (model.generate(x, 10, top_k=3, generator=rng(5)) for _ in range(2))
+    assert a.shape == (2, 13) and torch.equal(a, b) and torch.equal(a[:, :3], x)
+    assert torch.equal(model.generate(x, 1, top_k=1)[:, -1], model(x)[:, -1].argmax(-1))
+    with pytest.raises(ValueError, match="9 tokens are more than the context of 8"):
+        model(tokens(1, 9))
+    sora.save(model.half().checkpoint(), tmp_path / "base.pt")
+    again = GPT.from_pretrained(tmp_path / "base.pt")
+    assert os.listdir(tmp_path) == ["base.pt"] and again.lm_head.weight is again.transformer.wte.weight
+    assert torch.equal(again.transformer.wte.weight, model.float().transformer.wte.weight)
+    torch.save({"a": 1}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt is no checkpoint"):
+        GPT.from_pretrained(tmp_path / "other.pt")
+
+
+# --------------------------------------------------------------------------------------------------------- train_gpt.py
+
+
+TINY = "--init scratch --n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4 --steps 3 --r 2".split()
+
+
+def run(*flags, **options):
+    command = [sys.executable, HERE / "train_gpt.py", *TINY, *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", **options)
+
+
+def test_train_gpt_from_end_to_end(tmp_path):
+    made = run("--methods", "full", "--save", "base", "--lr", "1e-2", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    names = ["full", *METHODS, "frozen"]
+    flags = "--init base/full.pt --steps 30 --seeds 2 --sample 5 --save out --json out/all.json --lr 1e-2,full=2e-3".split()
+    done = run(*flags, "--methods", ",".join(names), cwd=tmp_path, env=os.environ | {"COLUMNS": "90"})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    report = json.loads((tmp_path / "out/all.json").read_text())
+    assert report["settings"]["lr"] == dict.fromkeys(METHODS, 1e-2) | {"full": 2e-3, "frozen": 1e-2}
+    (base,), results = report["results"].pop("(base)"), report["results"]
+    assert [*results] == names and all([r["seed"] for r in rows] == [0, 1] for rows in results.values())
+    sizes = dict(zip(names, [16 * 2048 + 16 * 8 + 3312, 512, 656, 656, 1808, 128]))
+    for name, rows in results.items():
+        for row in rows:
+            assert row["start"] == pytest.approx(base["loss"], abs=1e-4)
+            assert row["merged"] == pytest.approx(row["loss"], abs=1e-3)
+            assert row["ms"] > 0 and row["relative"] > 0 and len(row["text"]) == 9 + 5
+            if name == "frozen":
+                assert row["change"] == 0 and row["entropy2"] is None
+            else:
+                assert row["loss"] < row["start"] and row["change"] > 0 and 0 < row["entropy2"] < row["entropy1"] < 1 and row["spectrum"][0] > -1
+        assert rows[0]["trainable"] == sizes[name], name
+    for table in done.stdout.split("\n\n"):
+        if table.startswith("method"):
+            assert all(len(line) <= 90 for line in table.splitlines()) and len(table.splitlines()) == len(names) + 2
+    for name in ("val loss", "merged", "× frozen", "H(σ²)", "spectrum", "--- (base)", "--- sora", " ± "):
+        assert name in done.stdout
+
+    base = GPT.from_pretrained(tmp_path / "base/full.pt")
+    load_adapter(base, torch.load(tmp_path / "out/sora-1.pt", weights_only=True))
+    assert isinstance(base.transformer.h[0].attn.c_attn, SORALinear)
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([f"{n}-{i}.pt" for n in names for i in (0, 1)] + ["all.json"])
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "nowhere.txt"], r"--data nowhere.txt cannot be read: No such file or directory"),
+    (["--data", "short.txt"], r"--data short.txt is too short: it has \d+ tokens, --block-size 8 needs 90"),
+    (["--data", "binary.txt"], r"--data binary.txt cannot be read: it is not UTF-8 text"),
+    (["--methods", "lora,sorra"], r"argument --methods: unknown method 'sorra': choose from full,lora,dora,prediag"),
+    (["--r", "17"], r"--r 17: r=17 is outside 1\.\.16 of transformer\.h\.0\.attn\.c_attn"),
+    (["--r", "0"], r"argument --r: '0' is not a whole number above 0"),
+    (["--steps", "many"], r"argument --steps: 'many' is not a whole number above 0"),
+    (["--lr", "sora=fast"], r"argument --lr: invalid rates value: 'sora=fast'"),
+    (["--lr", "loro=1"], r"argument --lr: unknown method 'loro'"),
+    (["--n-head", "3"], r"--init scratch cannot be used: n_embd=16 is not a multiple of n_head=3"),
+    (["--init", "nowhere.pt"], r"--init nowhere.pt cannot be used: No such file or directory"),
+    (["--init", "short.txt"], r"--init short.txt cannot be used: "),
+    (["--init", "small.pt"], r"--init small.pt does not fit: its vocabulary has 11 tokens and its context 8, "),
+    (["--init", "large.pt", "--block-size", "9"], r"--init large.pt does not fit: .*context 8,.*block-size asks for 9"),
+    (["--device", "tpu"], r"--device tpu, .*Expected one of cpu, cuda"),
+    (["--stesp", "3"], r"unrecognized arguments: --stesp 3"),
+    (["--save", "short.txt/x"], r".*--save short.txt/x, .*Not a directory"),
+])
+def test_train_gpt_says_what_is_wrong_in_one_line(flags, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    sora.save(tiny_gpt().checkpoint(), tmp_path / "small.pt")
+    sora.save(tiny_gpt(vocab_size=2048).checkpoint(), tmp_path / "large.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *flags])
+    with pytest.raises(SystemExit) as stop:
+        train_gpt.main()
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and not out and error.count("\n") == 1
+    assert re.match(f"train_gpt.py: {message}", error), error
+
+
+def test_train_gpt_interrupted_prints_what_has_finished():
+    command = [sys.executable, HERE / "train_gpt.py", "--methods", "frozen,lora", "--steps", "2", "--batch-size", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("frozen") and "validation loss" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        lines += process.stdout.readlines()
+    text = "".join(lines)
+    assert process.returncode == 130 and "interrupted" in text and "\nfrozen " in text.split("method ")[1]
+    assert "\nlora" not in text.split("method ")[1]
+
+
+def test_every_flag_has_help_and_a_default():
+    done = run("--help")
+    flags = re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE)
+    assert {"--init", "--lr", "--json", "--r-p", "--compile"} <= set(flags) and len(flags) == 20
+    assert " ".join(done.stdout.split()).count("(default: ") == len(flags)
+
+
+# ------------------------------------------------------------------------------------------------------------- the data
+
+
+def test_data_is_what_its_readme_says():
+    listed = re.findall(r"^\| (\S+) \|.*`(\w{64})` \|$", (HERE / "data/README.md").read_text(), re.MULTILINE)
+    assert len(listed) == 4
+    for name, digest in listed:
+        assert hashlib.sha256((HERE / "data" / name).read_bytes()).hexdigest() == digest, name
+
+
+def test_shipped_base():
+    ranks = train_gpt.load_tiktoken_bpe(str(HERE / "data/gpt2-2048.tiktoken"), train_gpt.VOCABULARY)
+    vocabulary = tiktoken.Encoding("small", pat_str=train_gpt.r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+    text = torch.tensor(vocabulary.encode_ordinary((HERE / "data/austen.txt").read_text()))
+    windows = text[len(text) * 95 // 100:].unfold(0, 129, 128)  # (507, 129)
+    base = GPT.from_pretrained(HERE / "data/base.pt")
+    with torch.no_grad():
+        losses = [base(w[:, :-1], w[:, 1:]).item() for w in windows.split(39)]
+    assert len(losses) * 39 == len(windows) and sum(losses) / len(losses) < 3.20
+    assert (HERE / "data/base.pt").stat().st_size < 3.1e6 and sum(p.numel() for p in base.parameters()) == 1_468_416

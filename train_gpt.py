@@ -1,0 +1,383 @@
+"""
+Fine-tune a GPT with each method in turn and print loss, speed and the spectrum of the update side by side.
+
+    python train_gpt.py                                    the shipped base on Shakespeare, 3 minutes on two cores
+    python train_gpt.py --methods lora,sora --seeds 3      mean ± standard deviation over three seeds
+    python train_gpt.py --init scratch --methods full --data data/austen.txt      pre-train a base
+
+All methods start from the same base, see the same batches and are measured on the same validation windows. Times are
+medians over steps taken in turn (A B C A B C ...), so that a busy machine slows all methods alike.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import time
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+from tiktoken.load import load_tiktoken_bpe
+from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 cuts a text into words
+
+import sora
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+VOCABULARY = "cd379c37f6fc73a34f0572770d490c90ada3ec8b7a3d3e11b1df9fe2b9d1e2fd"  # sha256 of data/gpt2-2048.tiktoken
+METHODS = ["full", *sora.METHODS, "frozen"]
+RATES = dict.fromkeys(METHODS, 1e-2) | {"full": 2e-3, "frozen": 2e-3}
+WARM_UP, TIMED = 2, 15  # rounds of the speed measurement: not counted, counted
+WINDOWS = 512  # at most so many validation windows
+POINTS, FLOOR = 32, 1e-4  # a spectrum: σ over the largest σ, resampled to POINTS and cut off at FLOOR
+LIVE, WIDTH = sys.stdout.isatty(), shutil.get_terminal_size(fallback=(120, 24)).columns
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked for
+
+
+def fail(message):
+    print(f"train_gpt.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message} (--help lists all flags)")
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def count(text):
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def methods(text):
+    names = text.split(",")
+    if unknown := [name for name in names if name not in METHODS]:
+        raise argparse.ArgumentTypeError(f"unknown method {unknown[0]!r}: choose from {','.join(METHODS)}")
+    return list(dict.fromkeys(names))
+
+
+def rates(text):
+    pairs = [part.rpartition("=") for part in text.split(",")]  # (a method or nothing, =, rate)
+    return RATES | {method: float(rate) for name, _, rate in pairs for method in (methods(name) if name else METHODS)}
+
+
+def arguments():
+    p = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
+    add = p.add_argument
+    add("--init", default=os.path.relpath(f"{HERE}/data/base.pt"), help="checkpoint, or 'scratch' for random weights")
+    add("--n-layer", type=count, default=6, help="layers, with --init scratch")
+    add("--n-head", type=count, default=4, help="heads, with --init scratch")
+    add("--n-embd", type=count, default=128, help="width, with --init scratch")
+    add("--data", default=os.path.relpath(f"{HERE}/data/shakespeare.txt"), help="text; its last tenth validates")
+    add("--methods", type=methods, default="full,lora,dora,prediag,sora",
+        help=f"of {','.join(METHODS)}: full trains every parameter, frozen only the positional embedding")
+    add("--steps", type=count, default=120, help="optimiser steps per method")
+    add("--batch-size", type=count, default=16, help="sequences per step")
+    add("--block-size", type=count, default=128, help="tokens per sequence")
+    add("--lr", type=rates, default=",".join(f"{m}={rate:g}" for m, rate in RATES.items()),
+        help="peak learning rate: one value, or per method as sora=1e-2,lora=5e-3")
+    add("--r", type=count, default=16, help="rank of the low-rank pair")
+    add("--alpha", type=float, default=32.0, help="the pair is scaled by alpha / r")
+    add("--r-p", type=count, default=4, help="rank of the pair that spans SORA's rotation")
+    add("--seeds", type=count, default=1, help="runs per method: more than one gives mean ± standard deviation")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+        help="of the matrix products: auto is bfloat16 on CUDA, else float32")
+    add("--compile", action="store_true", default=False, help="torch.compile the models")
+    add("--save", metavar="DIR", default=None, help="for the trained adapters (of full and frozen, the whole model)")
+    add("--json", metavar="FILE", default=None, help="for all rows and settings")
+    add("--sample", type=count, metavar="N", default=None, help="tokens of text by the base and by each tuned model")
+    args = p.parse_args()
+    try:
+        automatic = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        args.device = torch.device(automatic if args.device == "auto" else args.device)
+        torch.zeros(1, device=args.device)
+        for folder in (args.save, os.path.dirname(args.json or "")):
+            os.makedirs(folder or ".", exist_ok=True)
+    except (RuntimeError, AssertionError, OSError) as error:
+        fail(f"--device {args.device}, --save {args.save}, --json {args.json}: {str(error).splitlines()[0]}")
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if args.device.type == "cuda" else "float32"
+    return args
+
+
+def load_data(args):
+    """The tokens to train on, windows (N, T + 1) to validate on, and the vocabulary."""
+    ranks = load_tiktoken_bpe(f"{HERE}/data/gpt2-2048.tiktoken", VOCABULARY)
+    vocabulary = tiktoken.Encoding("gpt2-2048", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+    try:
+        with open(args.data, encoding="utf-8") as file:
+            tokens = vocabulary.encode_to_numpy(file.read()).astype("int64")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--data {args.data} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}")
+    if len(tokens) < 10 * (args.block_size + 1):
+        fail(f"--data {args.data} is too short: it has {len(tokens)} tokens, --block-size {args.block_size} needs "
+             f"{10 * (args.block_size + 1)}")
+    tokens = torch.from_numpy(tokens).to(args.device)
+    data, held_out = tokens[:len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10:]
+    windows = held_out.unfold(0, args.block_size + 1, args.block_size)  # (N, T + 1), each token predicted once
+    return data, windows[torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).long()], vocabulary
+
+
+def load_base(args, vocabulary):
+    try:
+        if args.init == "scratch":
+            torch.manual_seed(0)
+            shape = args.block_size, vocabulary.n_vocab, args.n_layer, args.n_head, args.n_embd
+            base = sora.GPT(sora.GPTConfig(*shape))
+        else:
+            base = sora.GPT.from_pretrained(args.init)
+    except Exception as error:  # torch.load has many ways to say that a file is no checkpoint
+        fail(f"--init {args.init} cannot be used: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}")
+    if base.config.vocab_size != vocabulary.n_vocab or base.config.block_size < args.block_size:
+        fail(f"--init {args.init} does not fit: its vocabulary has {base.config.vocab_size} tokens and its context "
+             f"{base.config.block_size}, the data has {vocabulary.n_vocab} and --block-size asks for {args.block_size}")
+    return base.to(args.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and measuring
+
+
+class Run:
+    """A copy of the base made ready for one method, with its optimiser."""
+
+    def __init__(self, base, method, seed, args):
+        self.method, self.args, self.model = method, args, copy.deepcopy(base)
+        if method in sora.METHODS:
+            torch.manual_seed(seed)
+            sora.adapt(self.model, method, args.r, args.alpha, args.r_p)
+        elif method == "frozen":
+            self.model.requires_grad_(False).transformer.wpe.requires_grad_(True)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in self.trained if (p.ndim > 1) == matrix], "weight_decay": 0.1 * matrix}
+                  for matrix in (True, False)]  # no decay for biases, LayerNorms, d and m
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+        self.forward = torch.compile(self.model, fullgraph=True) if args.compile else self.model
+
+    def step(self, batch, rate):
+        """One optimiser step on a batch (B, T + 1); its loss stays on the device, so that nothing waits for it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with autocast(self.args):
+            loss = self.forward(batch[:, :-1], batch[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def autocast(args):
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+@torch.no_grad()
+def evaluate(model, windows, args):
+    """Mean loss in nats per token over windows (N, T + 1)."""
+    with autocast(args):
+        losses = [model(w[:, :-1], w[:, 1:]) * len(w) for w in windows.split(args.batch_size)]
+    return sum(losses).item() / len(windows)
+
+
+def schedule(i, n):
+    """Share of the peak learning rate at step i of n: a linear warm-up over a twentieth, a cosine down to a tenth."""
+    return min(1, (i + 1) / max(1, n // 20)) * (0.55 + 0.45 * math.cos(math.pi * i / n))
+
+
+def batches(data, seed, args):
+    """For each step (B, T + 1) tokens, drawn by a generator of their own: the same for all methods."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(data) - args.block_size, (args.steps, args.batch_size), generator=generator)
+    for start in starts.to(args.device):
+        yield data[start[:, None] + torch.arange(args.block_size + 1, device=args.device)]
+
+
+def clock(args):
+    if args.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def measure_speed(runs, data, args):
+    """For each method the median time of a training step, the methods taking turns."""
+    times, tokens = {run.method: [] for run in runs}, args.batch_size * args.block_size
+    batch = next(batches(data, 0, args))
+    for i in range(WARM_UP + TIMED):
+        if LIVE or i == 0:
+            say(f"measuring speed: {WARM_UP + TIMED - i} rounds, one step of each method in turn", live=True)
+        for run in runs:
+            start = clock(args)
+            run.step(batch, 0.0)
+            times[run.method].append(clock(args) - start)
+    medians = {method: statistics.median(seconds[WARM_UP:]) for method, seconds in times.items()}
+    return {method: {"ms": 1e3 * median, "speed": tokens / median, "relative": median / medians.get("frozen", math.nan)}
+            for method, median in medians.items()}
+
+
+def spectrum(base, model):
+    """Means over the linear layers: ‖dW‖/‖W0‖, both entropies of dW and its log10(σ / largest σ) at POINTS points."""
+    rows = []
+    for name, linear in base.named_modules():
+        if isinstance(linear, torch.nn.Linear) and linear is not base.lm_head:
+            layer = model.get_submodule(name)
+            delta = layer.delta() if hasattr(layer, "delta") else layer.weight.detach() - linear.weight
+            sigma = torch.linalg.svdvals(delta.cpu() if delta.device.type == "mps" else delta)
+            log = (sigma / sigma[0]).clamp_min(FLOOR).log10().cpu()
+            rows.append([(delta.norm() / linear.weight.norm()).item(), sora.svd_entropy(sigma, 2),
+                         sora.svd_entropy(sigma, 1), *F.adaptive_avg_pool1d(log[None], POINTS)[0].tolist()])
+    change, energy, plain, *points = map(statistics.fmean, zip(*rows))
+    return {"change": change, "entropy2": energy, "entropy1": plain, "spectrum": points}
+
+
+def train(base, method, seed, data, windows, args):
+    """Fine-tune with one method and one seed, measure, save, merge; returns the numbers."""
+    torch.compiler.reset()
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    run, n = Run(base, method, seed, args), args.steps
+    name, trainable = f"{method:8} seed {seed}", sum(p.numel() for p in run.trained)
+    result = {"method": method, "seed": seed, "trainable": trainable, "start": evaluate(run.model, windows, args),
+              "share": 100 * trainable / sum(p.numel() for p in base.parameters())}
+    begun = time.perf_counter()
+    for i, batch in enumerate(batches(data, seed, args), 1):
+        loss = run.step(batch, args.lr[method] * schedule(i - 1, n))
+        if i % max(1, n // (100 if LIVE else 5)) == 0:
+            left = round((time.perf_counter() - begun) / i * (n - i))
+            say(f"{name}  step {i:>5} of {n}  loss {loss.item():.3f}  {left // 60}:{left % 60:02} left", live=True)
+    if args.device.type == "cuda":
+        result["memory"] = torch.cuda.max_memory_allocated() / 2**20
+    result["loss"] = evaluate(run.model, windows, args)
+    if not math.isfinite(result["loss"]):
+        say(f"{name}  diverged: choose a lower rate than --lr {method}={args.lr[method]:g}")
+        return result
+    result |= spectrum(base, run.model)
+    if args.save:
+        path = os.path.join(args.save, f"{method}-{seed}.pt" if args.seeds > 1 else f"{method}.pt")
+        sora.save(sora.adapter_state_dict(run.model) if method in sora.METHODS else run.model.checkpoint(), path)
+    result["merged"] = evaluate(sora.merge(run.model), windows, args)
+    if args.sample:
+        result["text"] = sample(run.model, windows, args)
+    say(f"{name}  validation loss {result['start']:.4f} -> {result['loss']:.4f}, merged {result['merged']:.4f}"
+        + (f", saved as {path}" if args.save else ""))
+    return result
+
+
+def sample(model, windows, args):
+    """args.sample tokens after the first sixteen of the validation set."""
+    generator = torch.Generator(args.device).manual_seed(0)
+    return model.generate(windows[:1, :16], args.sample, temperature=0.8, generator=generator)[0].tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed
+
+
+def say(text="", live=False):
+    """Print a line. On a terminal the next line takes the place of a live one."""
+    if LIVE:
+        text = "\r\x1b[K" + (text[:WIDTH - 1] if live else text)
+    print(text, end="" if LIVE and live else "\n", flush=True)
+
+
+def sparkline(log, n=POINTS // 2):
+    """n bars for values of log10 from log10(FLOOR), drawn as a blank, to 0."""
+    heights = 1 - F.adaptive_avg_pool1d(torch.tensor([log]), n)[0] / math.log10(FLOOR)
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * h))] if h > 0.01 else " " for h in heights.tolist())
+
+
+def print_table(rows):
+    """Aligned columns of means over the seeds; what does not fit the terminal follows below, beside the names again."""
+
+    def mean(key, form):
+        def cell(results):
+            values = [result.get(key, math.nan) for result in results]
+            spread = f" ± {statistics.stdev(values):{form}}" if key == "loss" and len(values) > 1 else ""
+            return "-" if math.isnan(sum(values)) else f"{statistics.fmean(values):{form}}{spread}"
+        return cell
+
+    columns = {"method": lambda results: results[0]["method"], "trainable": mean("trainable", ",.0f"),
+               "%": mean("share", ".2f"), "val loss": mean("loss", ".3f"), "merged": mean("merged", ".3f"),
+               "ms/step": mean("ms", ".1f"), "× frozen": mean("relative", ".2f"), "tok/s": mean("speed", ",.0f"),
+               "peak MB": mean("memory", ",.0f"), "‖dW‖/‖W0‖": mean("change", ".3f"), "H(σ²)": mean("entropy2", ".3f"),
+               "H(σ)": mean("entropy1", ".3f"), "spectrum": lambda results:
+               sparkline([*map(statistics.fmean, zip(*(result.get("spectrum", [math.nan]) for result in results)))])}
+    blocks = [[]]
+    for title, cell in columns.items():
+        cells = [title, *map(cell, rows)]
+        wide = max(map(len, cells))
+        cells = [f"{text:<{wide}}" if title in ("method", "spectrum") else f"{text:>{wide}}" for text in cells]
+        if sum(len(column[0]) + 2 for column in blocks[-1]) + wide > WIDTH:
+            blocks.append([blocks[0][0]])
+        if any(text.strip() not in "-" for text in cells[1:]):
+            blocks[-1].append(cells)
+    for block in blocks:
+        say("\n" + "\n".join("  ".join(line).rstrip() for line in zip(*block)))
+
+
+LEGEND = f"""
+val loss in nats per token, merged: as plain nn.Linear layers. ms/step: median of {TIMED} steps, methods taking turns.
+H(σ²), H(σ): entropy of the singular values of dW = W' - W0 over ln min(out, in), of p = σ²/Σσ² and p = σ/Σσ; 1 is
+uniform. H(σ²) shows how many directions carry the energy and hardly sees a long flat tail; H(σ) counts the tail in
+full, so that a small diagonal on a low-rank update raises it much. spectrum: log σ, blank below {FLOOR:g} of the top."""
+
+
+def main():
+    args = arguments()
+    data, windows, vocabulary = load_data(args)
+    base = load_base(args, vocabulary)
+    try:
+        runs = [Run(base, method, 0, args) for method in args.methods]
+    except ValueError as error:
+        fail(f"--r {args.r}: {error}")
+    cuda = args.device.type == "cuda"
+    device = torch.cuda.get_device_name() if cuda else f"{args.device}, {torch.get_num_threads()} threads"
+    base_row = {"method": "(base)", "trainable": 0, "share": 0.0, "loss": evaluate(base, windows, args)}
+    say(f"device    {device}, torch {torch.__version__}, {args.dtype}" + ", compiled" * args.compile)
+    say(f"base      {args.init}: {', '.join(f'{key} {value}' for key, value in vars(base.config).items())}")
+    say(f"data      {args.data}: {len(data):,} training tokens, {len(windows)} validation windows of {args.block_size}")
+    say(f"training  {args.steps} steps of {args.batch_size} x {args.block_size} tokens, {args.seeds} seed(s) from 0")
+    say("AdamW     peak rates " + ", ".join(f"{method} {args.lr[method]:g}" for method in args.methods))
+    say(f"start     validation loss {base_row['loss']:.4f}, the base's: every adapter starts as the identity\n")
+    results = {"(base)": [base_row]}
+    try:
+        speed = measure_speed(runs, data, args)
+        runs.clear()
+        minutes = sum(speed[method]["ms"] for method in args.methods) * args.steps * args.seeds / 6e4
+        say(f"training takes about {minutes:.1f} minutes")
+        if args.sample:
+            base_row["text"] = sample(base, windows, args)
+        for method in args.methods:
+            for seed in range(args.seeds):
+                result = train(base, method, seed, data, windows, args) | speed[method]
+                results.setdefault(method, []).append(result)
+    except KeyboardInterrupt:
+        say("interrupted: the table shows what has finished")
+    print_table(list(results.values()))
+    say(LEGEND)
+    for method, (result, *_) in results.items():
+        if "text" in result:
+            say(f"\n--- {method}\n{vocabulary.decode(result['text'])}")
+    if args.json:
+        settings = vars(args) | {"device": device, "torch": torch.__version__}
+        report = json.dumps({"settings": settings, "results": results})
+        with open(f"{args.json}.tmp", "w") as file:
+            json.dump(json.loads(report, parse_constant=lambda _: None), file, indent=1)  # JSON has no NaN
+        os.replace(f"{args.json}.tmp", args.json)
+    if sum(map(len, results.values())) <= len(args.methods) * args.seeds:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
