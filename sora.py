@@ -12,7 +12,8 @@ it: is it placed before or after the low-rank update B A is added, and what kind
     Pre-Diag   diag(d) W0 + sBA                             before: diagonal                   A B d
     SORA       R (diag(d) W0 + sBA), RᵀR = I                before: diagonal, after: rotation  A B d C E
 
-The whole file rests on one identity. Each of the four is a diagonal times W0, plus a low-rank product:
+where s = alpha / r is a number and ‖·‖row takes the norm of each row. The whole file rests on one identity: each of the
+four is a diagonal times W0, plus a low-rank product, say with d⁺ (out,), B⁺ (out, k) and A⁺ (k, in),
 
     W' = diag(d⁺) W0 + B⁺ A⁺      so that      y = W'x + b = d⁺ ⊙ (W0 x) + B⁺ (A⁺ x) + b
 
@@ -24,24 +25,24 @@ Glossary
     weight          W0 (out, in), frozen                                          base_layer.weight
     A, B            A (r, in), B (out, r): the low-rank pair                      lora_A, lora_B
     r, alpha, s     rank of B A; s = alpha / r scales it                          r, lora_alpha, scaling
-    m               m (out,): DoRA's magnitude, one number per row of W'          -
+    m, g            m (out,): DoRA's magnitude, one per row of W'; g scales to it -
     d               d (out,): the diagonal that calibrates W0                     lora_Diag
     C, E, r_p       C, E (out, r_p): the pair that spans the rotation             lora_C, lora_D
-    U, V, K, t      S = U Vᵀ (skew), R = I + K Vᵀ (rotation), t limits ‖S‖        -
+    U, V, K         S = U Vᵀ is skew, R = I + K Vᵀ the rotation made of it        -
     factors()       (d⁺, B⁺, A⁺)                                                  -
 
 Use
     from sora import adapt, adapter_state_dict, load_adapter, merge
     adapt(model, "sora", r=16, alpha=32, r_p=4)            # freezes model, replaces its nn.Linear layers in place
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)      # decay would pull d to 0, not to 1
     ...                                                    # your training loop, unchanged
     torch.save(adapter_state_dict(model), "sora.pt")       # only what was trained
     load_adapter(fresh_model, torch.load("sora.pt"))       # on the same base, in another process
     merge(model)                                           # plain nn.Linear layers again, no cost at inference
 
 Not in it: dropout on the adapter path, convolutions and embeddings, quantised bases, several adapters at once.
-nn.MultiheadAttention and nn.TransformerEncoderLayer read `.weight` behind the layer's back: their parts are no targets.
+The parts of nn.MultiheadAttention and nn.TransformerEncoderLayer are refused: these read `.weight` and call no layer.
 
 References
     LoRA      Hu et al. 2021, arXiv 2106.09685             DoRA      Liu et al. 2024, arXiv 2402.09353
@@ -72,8 +73,9 @@ class DiagonalPlusLowRank(nn.Module):
     exact      the exact rotation, or the authors' first-order one (SORA only)
 
     x (..., in) -> y (..., out), in the dtype that nn.Linear gives. The adapter is float32 on a float32, bfloat16 or
-    float16 base, also under autocast and after `.to(bfloat16)`, and float64 on a float64 base. The bias is never
-    conditioned. Raises ValueError for a rank out of range, TypeError for anything but a floating-point nn.Linear.
+    float16 base, also under autocast and after `.to(bfloat16)`, and float64 on a float64 base; products with W0 are in
+    W0's dtype. The bias is never conditioned. Raises ValueError for a rank out of range, TypeError for anything but a
+    plain floating-point nn.Linear.
     """
 
     def __init__(self, linear: nn.Linear, r: int = 16, alpha: float = 32, r_p: int = 4, exact: bool = True):
@@ -82,11 +84,10 @@ class DiagonalPlusLowRank(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.r, self.alpha, self.r_p, self.exact, self.s = r, alpha, r_p, exact, alpha / r
         self.weight, self.bias = linear.weight, linear.bias  # (out, in), (out,) or None
-        self.requires_grad_(False)
-        self.train(linear.training)
-        self.A = self._parameter(r, self.in_features)  # (r, in)
+        self.A = nn.init.kaiming_uniform_(self._parameter(r, self.in_features), a=math.sqrt(5))  # (r, in)
         self.B = self._parameter(self.out_features, r)  # (out, r), zero: W' = W0 at the start
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        linear.requires_grad_(False)
+        self.train(linear.training)
 
     def _parameter(self, *shape):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -97,15 +98,15 @@ class DiagonalPlusLowRank(nn.Module):
         return None, self.s * self.B, self.A
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # norms and the solve in float32, whatever x is
+        with torch.autocast(x.device.type, enabled=False):  # the norms and the solve need the digits
             d, B, A = self.factors()
         low = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype), self.bias)  # (..., out)
         y = F.linear(x, self.weight)  # (..., out)
-        return low + y if d is None else torch.addcmul(low, y, d.to(y.dtype))
+        return low + y if d is None else torch.addcmul(low, y, d).to(y.dtype)  # in bfloat16 1.001 would be 1
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
-        """W' − W0 (out, in), in the adapter's dtype, without the rounding of a subtraction."""
+        """W' − W0 (out, in) in the adapter's dtype, put together without forming W' and its rounding."""
         with torch.autocast(self.weight.device.type, enabled=False):
             d, B, A = self.factors()
             return B @ A if d is None else (d - 1)[:, None] * self.weight + B @ A
@@ -116,7 +117,7 @@ class DiagonalPlusLowRank(nn.Module):
         return (self.weight + self.delta()).to(self.weight.dtype)
 
     def _apply(self, fn, recurse=True):
-        """What `.to()` runs. `.to(bfloat16)` casts the base alone: in it the adapter would lose its small steps."""
+        """What `.to()` runs. `.to(bfloat16)` casts W0 and b alone: with 8 bits of mantissa training would stall."""
 
         def keep(tensor):
             moved = fn(tensor)
@@ -145,7 +146,7 @@ class DoRALinear(DiagonalPlusLowRank):
 
     A, B           as in LoRA                     trained
     m   (out,)     ‖W0‖row                        trained
-    w2  (out,)     ‖W0‖²row, kept from the start  a buffer
+    w2  (out,)     ‖W0‖²row                       a buffer
     Parameters: r (in + out) + out. Row i of W' has norm |m_i|.
     ‖·‖row is one Euclidean norm per output row, and a constant to the gradient (DoRA paper, section 4.3). It comes from
         ‖W0 + sBA‖²row = ‖W0‖²row + rowsum(sB ⊙ (2 W0 Aᵀ + sB A Aᵀ))
@@ -161,20 +162,20 @@ class DoRALinear(DiagonalPlusLowRank):
         self.register_buffer("w2", norm.square())
 
     def factors(self):
-        _, B, A = super().factors()
+        _, sB, A = super().factors()
         with torch.no_grad():
             WA = F.linear(self.weight, A.to(self.weight.dtype)).to(A.dtype)  # (out, r): W0 Aᵀ
-            norm2 = self.w2 + (B * (2 * WA + B @ (A @ A.T))).sum(1)  # (out,)
-            norm = norm2.clamp_min(torch.finfo(norm2.dtype).tiny).sqrt()  # a row of zeros stays one: g = 0 / tiny
+            norm2 = self.w2 + (sB * (2 * WA + sB @ (A @ A.T))).sum(1)  # (out,)
+            norm = norm2.clamp_min(torch.finfo(norm2.dtype).tiny).sqrt()  # never 0, also not for a row of zeros
         g = self.m / norm  # (out,)
-        return g, g[:, None] * B, A
+        return g, g[:, None] * sB, A
 
 
 class PreDiagLinear(DiagonalPlusLowRank):
     """Pre-Diag (Chang et al. 2025):    W' = diag(d) W0 + sBA
 
     A, B           as in LoRA    trained
-    d   (out,)     1             trained; one-dimensional, so that weight decay by dimension leaves it alone
+    d   (out,)     1             trained
     Parameters: r (in + out) + out. The authors' layer scales the bias by d too; here only the weight is conditioned.
     """
 
@@ -182,23 +183,23 @@ class PreDiagLinear(DiagonalPlusLowRank):
 
     def __init__(self, linear: nn.Linear, *args, **kwargs):
         super().__init__(linear, *args, **kwargs)
-        self.d = nn.Parameter(torch.ones_like(self.B[:, 0]))
+        self.d = nn.init.ones_(self._parameter(self.out_features))  # 1-D: no weight decay where that goes by dimension
 
     def factors(self):
-        _, B, A = super().factors()
-        return self.d, B, A
+        _, sB, A = super().factors()
+        return self.d, sB, A
 
 
 class SORALinear(PreDiagLinear):
     """SORA (Chang et al. 2025):    W' = R (diag(d) W0 + sBA),  R orthogonal
 
-    A, B, d               as in Pre-Diag                           trained
-    C   (out, r_p)        kaiming_uniform(a=√5, mode="fan_out")    trained
-    E   (out, r_p)        a copy of C, so that R = I, but not      trained
-                          its gradient 0
+    A, B, d               as in Pre-Diag                                            trained
+    C   (out, r_p)        kaiming_uniform(a=√5, mode="fan_out")                     trained
+    E   (out, r_p)        a copy of C: R = I, yet neither has a gradient of zero    trained
     Parameters: r (in + out) + out + 2 r_p out. R = I + K Vᵀ (see `rotation`), so that
         W' = diag(d) W0 + [sB, K] [A ; Vᵀ (diag(d) W0 + sBA)]
-    is low-rank again: a token costs what it costs LoRA at rank r + 2 r_p.
+    is a diagonal times W0 plus a low-rank product again. A token costs what it costs Pre-Diag at rank r + 2 r_p; K and
+    Vᵀ W0 come once per forward pass, whatever the number of tokens.
 
     Where we differ from the authors' layer, on purpose:
     - theirs is R = I + S, only first-order orthogonal: RᵀR = I − S², so norms can only grow (exact=False gives it);
@@ -210,31 +211,35 @@ class SORALinear(PreDiagLinear):
 
     def __init__(self, linear: nn.Linear, *args, **kwargs):
         super().__init__(linear, *args, **kwargs)
-        self.C = self._parameter(self.out_features, self.r_p)
-        nn.init.kaiming_uniform_(self.C, a=math.sqrt(5), mode="fan_out")
-        self.E = nn.Parameter(self.C.detach().clone())
+        C = self._parameter(self.out_features, self.r_p)
+        self.C = nn.init.kaiming_uniform_(C, a=math.sqrt(5), mode="fan_out")
+        self.E = nn.Parameter(C.detach().clone())
 
     def factors(self):
-        d, B, A = super().factors()
+        d, sB, A = super().factors()
         K, V = rotation(self.C, self.E, self.exact)  # (out, 2 r_p) each
-        VW = ((d[:, None] * V).T.to(self.weight.dtype) @ self.weight).to(A.dtype) + (V.T @ B) @ A  # (2 r_p, in)
-        return d, torch.cat([B, K], 1), torch.cat([A, VW])  # (out,), (out, r + 2 r_p), (r + 2 r_p, in)
+        VW = ((d[:, None] * V).T.to(self.weight.dtype) @ self.weight).to(A.dtype) + (V.T @ sB) @ A  # (2 r_p, in)
+        return d, torch.cat([sB, K], 1), torch.cat([A, VW])  # (out,), (out, r + 2 r_p), (r + 2 r_p, in)
 
 
 def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """(K, V), both (out, 2 r_p), of the rotation R = I + K Vᵀ that the pair C, E (out, r_p) spans.
 
-    S = t (E Cᵀ − C Eᵀ) is skew, t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)). With D = E − C it is t (D Cᵀ − C Dᵀ) as well (C Cᵀ
-    cancels), which is exactly 0 at the start, where E = C, and loses no digits near it. As S = U Vᵀ with U = t [D, −C]
-    and V = [C, D], Woodbury's identity turns Cayley's R = (I − S/2)⁻¹ (I + S/2) into R = I + K Vᵀ with
-    K = U (I − VᵀU/2)⁻¹: a 2r_p × 2r_p solve that is never singular. exact=False stops at first order: R = I + S, K = U.
+    S = t (E Cᵀ − C Eᵀ) is skew (Sᵀ = −S); t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)) tames it. With Z = E − C we have
+    S = t (Z Cᵀ − C Zᵀ) too, since C Cᵀ cancels, and this form is exactly 0 at the start and loses no digits near it.
+    Cayley's transform of S is orthogonal, as (I − S/2)ᵀ = I + S/2, and is a low-rank change of I, as S = U Vᵀ:
+
+        R = (I − S/2)⁻¹ (I + S/2) = I + (I − S/2)⁻¹ S = I + U (I − VᵀU/2)⁻¹ Vᵀ      with U = t [Z, −C],  V = [C, Z]
+
+    (the last step is Woodbury's identity). So K = U (I − VᵀU/2)⁻¹ takes one 2r_p × 2r_p solve, never singular since
+    det(I − VᵀU/2) = det(I − S/2) ≥ 1. exact=False is the authors' R = I + S, that is K = U.
     """
     dtype = C.dtype
     if C.device.type != "mps":  # which has no float64
-        C, E = C.double(), E.double()  # a few numbers: in float32 large C and E would cost R two of its digits
+        C, E = C.double(), E.double()  # in float32 a large C and E would cost R two of its digits
     t = (1 / (C.norm() + E.norm() + 1e-6)).clamp(max=1)
-    D = E - C
-    U, V = t * torch.cat([D, -C], 1), torch.cat([C, D], 1)
+    Z = E - C
+    U, V = t * torch.cat([Z, -C], 1), torch.cat([C, Z], 1)
     M = torch.eye(U.shape[1], dtype=U.dtype, device=U.device) - V.T @ U / 2  # (2 r_p, 2 r_p)
     K = torch.linalg.solve_ex(M, U, left=False)[0] if exact else U  # solve would wait for the GPU to check M
     return K.to(dtype), V.to(dtype)
@@ -253,10 +258,13 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
     method    one of METHODS: "lora", "dora", "prediag", "sora"
     targets   None: every nn.Linear but those that share their weight with an embedding (a tied head). Else names or
               endings of names, matched on whole dotted parts: ["c_attn", "mlp.c_proj"]
-    r, alpha, r_p, exact: see DiagonalPlusLowRank. A layer that stands under several names stays shared.
+    r, alpha, r_p, exact: see DiagonalPlusLowRank. A layer that stands under several names stays shared. Load the base's
+    weights first: DoRA starts from their norms.
     Raises ValueError (an unknown method, a target that matches nothing, a rank out of range, a model that is adapted
     already) or TypeError (a target that is not a plain floating-point nn.Linear), before anything is changed.
     """
+    if adapted := [layer.method for layer in _adapted(model).values()]:
+        raise ValueError(f"the model is adapted already, with {adapted[0]} in {len(adapted)} layers: merge it first")
     linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if name and isinstance(m, nn.Linear)}
     if targets is None:
         tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -265,31 +273,31 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
         targets = [targets] if isinstance(targets, str) else targets
         found = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in targets}
     missing = [target for target, names in found.items() if not names]
-    if (missing or not found) and not _adapted(model):
-        exist = sorted({name.rpartition(".")[2] for name in linears}) or ["no nn.Linear at all"]
+    if missing or not found:
+        exist = sorted({name.rpartition(".")[2] for name in linears}) or ["no nn.Linear inside"]
         raise ValueError(f"targets match nothing: {', '.join(missing)}; the model has {', '.join(exist)}")
-    return _attach(model, [*dict.fromkeys(sum(found.values(), []))], method, r, alpha, r_p, exact)
+    return _attach(model, dict.fromkeys(sum(found.values(), [])), method, r=r, alpha=alpha, r_p=r_p, exact=exact)
 
 
-def _attach(model, names, method, r, alpha, r_p, exact):
-    adapted = [layer.method for layer in _adapted(model).values()]
-    if adapted:
-        raise ValueError(f"the model is adapted already, with {adapted[0]} in {len(adapted)} layers: merge it first")
+def _attach(model, names, method, **options):
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     linears = {name: model.get_submodule(name) for name in names}
     for name, linear in linears.items():
-        _check(linear, r, r_p, name)
+        _check(linear, options["r"], options["r_p"], name)
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            raise TypeError(f"{name} cannot be adapted, for nn.TransformerEncoderLayer does not call it in eval()")
+    layers = {linear: METHODS[method](linear, **options) for linear in linears.values()}
     model.requires_grad_(False)
-    return _replace(model, linears, lambda linear: METHODS[method](linear, r, alpha, r_p, exact))
+    return _replace(model, linears, layers)
 
 
 def _check(linear, r, r_p, name="the layer"):
     if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
-        raise TypeError(f"{name} is no plain floating-point nn.Linear but {linear}: leave it out of targets")
+        raise TypeError(f"{name} is no plain floating-point nn.Linear but {linear}: choose targets without it")
     if not 1 <= r <= min(linear.weight.shape):
         raise ValueError(f"r={r} is outside 1..{min(linear.weight.shape)} of {name} ({linear.in_features} -> "
-                         f"{linear.out_features}): choose another r, or leave the layer out of targets")
+                         f"{linear.out_features}): choose another r, or targets without it")
     if r_p < 1:
         raise ValueError(f"r_p={r_p} is not at least 1: choose a larger one")
 
@@ -298,11 +306,10 @@ def _adapted(model):
     return {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, DiagonalPlusLowRank)}
 
 
-def _replace(model, modules, build):
-    """Set build(module) in place of each named module, and build only one for a module with several names."""
-    built = {module: build(module) for module in modules.values()}
+def _replace(model, modules, substitutes):
+    """Put its substitute in place of each named module; one with several names is replaced under all of them."""
     for name, module in modules.items():
-        model.set_submodule(name, built[module])
+        model.set_submodule(name, substitutes[module])
     return model
 
 
@@ -317,7 +324,8 @@ def merge(model: nn.Module) -> nn.Module:
         linear.weight, linear.bias = nn.Parameter(layer.merged_weight(), requires_grad=False), layer.bias
         return linear.train(layer.training)
 
-    return _replace(model, _adapted(model), plain)
+    layers = _adapted(model)
+    return _replace(model, layers, {layer: plain(layer) for layer in layers.values()})
 
 
 SETTINGS = ("method", "r", "alpha", "r_p", "exact")
@@ -329,8 +337,8 @@ def adapter_state_dict(model: nn.Module) -> dict:
     layers = _adapted(model)
     if not layers:
         raise ValueError("the model has no adapter: adapt(model, ...) attaches one, merge(model) removes it")
-    trained = {f"{name}.{key}": p.detach().to("cpu", copy=True)
-               for name, layer in layers.items() for key, p in layer.named_parameters() if p.requires_grad}
+    trained = {f"{name}.{key}": p.detach().to("cpu", copy=True) for name, layer in layers.items()
+               for key, p in layer.named_parameters() if key not in ("weight", "bias")}
     return {key: getattr(next(iter(layers.values())), key) for key in SETTINGS} | {
         "targets": [*layers], "fingerprint": _fingerprint(layers.values()), "trained": trained}
 
@@ -352,7 +360,7 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     if fingerprint != state["fingerprint"]:
         raise ValueError(f"the adapter was trained on another base: {state['fingerprint']}, not {fingerprint}")
     if not layers:
-        _attach(model, state["targets"], *(state[key] for key in SETTINGS))
+        _attach(model, state["targets"], **{key: state[key] for key in SETTINGS})
     with torch.no_grad():
         for name, tensor in state["trained"].items():
             model.get_parameter(name).copy_(tensor)
@@ -364,7 +372,7 @@ def _fingerprint(layers):
     digest = hashlib.sha256()
     for layer in layers:
         weight = layer.weight.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(ctypes.string_at(weight.data_ptr(), weight.nbytes))
+        digest.update((ctypes.c_char * weight.nbytes).from_address(weight.data_ptr()))  # the bytes, without numpy
     return digest.hexdigest()[:16]
 
 
@@ -377,7 +385,7 @@ def svd_entropy(matrix: torch.Tensor, power: float = 2) -> float:
 
     0: one direction carries everything. 1: all singular values are equal. power=2 is the entropy of the energy (Alter
     et al. 2000) and hardly sees a long flat tail; power=1 (Roy & Vetterli 2007) counts the tail in full. At rank r both
-    stay below ln r / ln min(out, in). `matrix` may also be its singular values (1-D). nan for a matrix of zeros.
+    are at most ln r / ln min(out, in). `matrix` may also be its singular values (1-D). nan for zeros or a single value.
     """
     sigma = _singular_values(matrix)
     return _entropy(sigma, power) / math.log(len(sigma)) if len(sigma) > 1 else math.nan
@@ -507,8 +515,10 @@ class GPT(nn.Module):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or not {"config", "model"} <= checkpoint.keys():
             raise ValueError(f"{path} is no checkpoint of this GPT: it lacks 'config' or 'model'")
-        model = cls(GPTConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
+        model, state = cls(GPTConfig(**checkpoint["config"])), checkpoint["model"]
+        if not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):  # the head was adapted and merged
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        model.load_state_dict(state)
         return model
 
 

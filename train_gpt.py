@@ -330,7 +330,7 @@ LEGEND = f"""
 val loss in nats per token, merged: as plain nn.Linear layers. ms/step: median of {TIMED} steps, methods taking turns.
 H(σ²), H(σ): entropy of the singular values of dW = W' - W0 over ln min(out, in), of p = σ²/Σσ² and p = σ/Σσ; 1 is
 uniform. H(σ²) shows how many directions carry the energy and hardly sees a long flat tail; H(σ) counts the tail in
-full, so that a small diagonal on a low-rank update raises it much. spectrum: log σ, blank below {FLOOR:g} of the top."""
+full, so a small diagonal on a low-rank update raises it much. spectrum: log σ, blank below {FLOOR:g} of the largest."""
 
 
 def main():
