@@ -399,11 +399,12 @@ def effective_rank(matrix: torch.Tensor, power: float = 1) -> float:
 def stable_rank(matrix: torch.Tensor) -> float:
     """Σσ² / max σ² in [1, min(out, in)], the squared Frobenius norm over the squared spectral norm."""
     sigma = _singular_values(matrix)
-    return (sigma.square().sum() / sigma.max().square()).item()
+    return (sigma / sigma.max()).square().sum().item()
 
 
 def _singular_values(matrix):
-    return matrix if matrix.ndim == 1 else torch.linalg.svdvals(matrix.detach().float())
+    matrix = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
+    return matrix if matrix.ndim == 1 else torch.linalg.svdvals(matrix)
 
 
 def _entropy(sigma, power):
@@ -424,41 +425,23 @@ class GPTConfig:
     n_embd: int = 768  # GPT-2's smallest
 
 
-class CausalSelfAttention(nn.Module):
+class Block(nn.Module):
+    """x (B, T, C) -> (B, T, C): causal attention, then a perceptron, each of a LayerNorm of x and added to x."""
+
     def __init__(self, config):
         super().__init__()
-        self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        n, self.n_head = config.n_embd, config.n_head
+        self.ln_1, self.ln_2 = nn.LayerNorm(n), nn.LayerNorm(n)
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(n, 3 * n), "c_proj": nn.Linear(n, n)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(n, 4 * n), "c_proj": nn.Linear(4 * n, n)})
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, C / heads) each
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, C / heads)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
-
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (B, T, C)
-
-
-class Block(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
-
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        qkv = self.attn.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, C / n_head) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, n_head, T, C / n_head)
+        x = x + self.attn.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))  # (B, T, C)
 
 
 class GPT(nn.Module):
@@ -469,12 +452,12 @@ class GPT(nn.Module):
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
         self.config = config
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd),
-        ))
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(config.n_embd),
+        })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
         for name, p in self.named_parameters():  # as GPT-2: less where the residual stream adds up 2 n_layer outputs

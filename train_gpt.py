@@ -45,15 +45,6 @@ def fail(message):
     sys.exit(2)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        fail(f"{message} (--help lists all flags)")
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 def count(text):
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
@@ -73,8 +64,9 @@ def rates(text):
 
 
 def arguments():
-    p = Parser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
-    add = p.add_argument
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error, add = lambda message: fail(f"{message} (--help lists all flags)"), p.add_argument
     add("--init", default=os.path.relpath(f"{HERE}/data/base.pt"), help="checkpoint, or 'scratch' for random weights")
     add("--n-layer", type=count, default=6, help="layers, with --init scratch")
     add("--n-head", type=count, default=4, help="heads, with --init scratch")
@@ -260,17 +252,15 @@ def train(base, method, seed, data, windows, args):
         result["memory"] = torch.cuda.max_memory_allocated() / 2**20
     result["loss"] = evaluate(run.model, windows, args)
     if not math.isfinite(result["loss"]):
-        say(f"{name}  diverged: choose a lower rate than --lr {method}={args.lr[method]:g}")
-        return result
-    result |= spectrum(base, run.model)
+        return result | {"note": f", diverged: choose a lower rate than --lr {method}={args.lr[method]:g}"}
+    result |= spectrum(base, run.model) | {"note": ""}
     if args.save:
         path = os.path.join(args.save, f"{method}-{seed}.pt" if args.seeds > 1 else f"{method}.pt")
         sora.save(sora.adapter_state_dict(run.model) if method in sora.METHODS else run.model.checkpoint(), path)
+        result["note"] = f", saved as {path}"
     result["merged"] = evaluate(sora.merge(run.model), windows, args)
     if args.sample:
         result["text"] = sample(run.model, windows, args)
-    say(f"{name}  validation loss {result['start']:.4f} -> {result['loss']:.4f}, merged {result['merged']:.4f}"
-        + (f", saved as {path}" if args.save else ""))
     return result
 
 
@@ -361,7 +351,9 @@ def main():
         for method in args.methods:
             for seed in range(args.seeds):
                 result = train(base, method, seed, data, windows, args) | speed[method]
-                results.setdefault(method, []).append(result)
+                results[method] = results.get(method, []) + [result]
+                say(f"{method:8} seed {seed}  validation loss {result['start']:.4f} -> {result['loss']:.4f}, "
+                    f"merged {result.get('merged', math.nan):.4f}{result['note']}")
     except KeyboardInterrupt:
         say("interrupted: the table shows what has finished")
     print_table(list(results.values()))
