@@ -616,7 +616,8 @@ def test_every_flag_has_help_and_a_default():
 
 
 def test_data_is_what_its_readme_says():
-    listed = re.findall(r"^\| (\S+) \|.*`(\w{64})` \|$", (HERE / "data/README.md").read_text(), re.MULTILINE)
+    text = (HERE / "data/README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| (\S+) \|.*`(\w{64})` \|$", text, re.MULTILINE)
     assert len(listed) == 4
     for name, digest in listed:
         assert hashlib.sha256((HERE / "data" / name).read_bytes()).hexdigest() == digest, name
@@ -625,10 +626,19 @@ def test_data_is_what_its_readme_says():
 def test_shipped_base():
     ranks = train_gpt.load_tiktoken_bpe(str(HERE / "data/gpt2-2048.tiktoken"), train_gpt.VOCABULARY)
     vocabulary = tiktoken.Encoding("small", pat_str=train_gpt.r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
-    text = torch.tensor(vocabulary.encode_ordinary((HERE / "data/austen.txt").read_text()))
+    text = torch.tensor(vocabulary.encode_ordinary((HERE / "data/austen.txt").read_text(encoding="utf-8")))
     windows = text[len(text) * 95 // 100:].unfold(0, 129, 128)  # (507, 129)
     base = GPT.from_pretrained(HERE / "data/base.pt")
     with torch.no_grad():
         losses = [base(w[:, :-1], w[:, 1:]).item() for w in windows.split(39)]
     assert len(losses) * 39 == len(windows) and sum(losses) / len(losses) < 3.20
     assert (HERE / "data/base.pt").stat().st_size < 3.1e6 and sum(p.numel() for p in base.parameters()) == 1_468_416
+
+
+def test_the_code_in_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    model = nn.ModuleDict({"q_proj": nn.Linear(32, 32), "k_proj": nn.Linear(32, 32), "v_proj": nn.Linear(32, 16)})
+    fresh = copy.deepcopy(model)
+    exec(code, {"model": model, "another_copy_of_the_base": fresh})
+    assert type(model["q_proj"]) is type(fresh["k_proj"]) is nn.Linear and type(fresh["v_proj"]) is SORALinear
