@@ -150,7 +150,8 @@ class DoRALinear(DiagonalPlusLowRank):
     Parameters: r (in + out) + out. Row i of W' has norm |m_i|.
     ‖·‖row is one Euclidean norm per output row, and a constant to the gradient (DoRA paper, section 4.3). It comes from
         ‖W0 + sBA‖²row = ‖W0‖²row + rowsum(sB ⊙ (2 W0 Aᵀ + sB A Aᵀ))
-    so that no (out, in) matrix is formed, where the usual code forms B A in each forward pass.
+    so that no (out, in) matrix is formed, where the usual code forms B A in each forward pass. (Digits are lost where
+    sBA all but cancels W0.)
     """
 
     method = "dora"
@@ -293,8 +294,9 @@ def _attach(model, names, method, **options):
 
 
 def _check(linear, r, r_p, name="the layer"):
-    if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
-        raise TypeError(f"{name} is no plain floating-point nn.Linear but {linear}: choose targets without it")
+    hooks = linear._forward_hooks or linear._forward_pre_hooks  # as of pruning and weight normalisation
+    if type(linear) is not nn.Linear or not linear.weight.is_floating_point() or hooks:
+        raise TypeError(f"{name} is no plain floating-point nn.Linear without hooks but {linear}: choose other targets")
     if not 1 <= r <= min(linear.weight.shape):
         raise ValueError(f"r={r} is outside 1..{min(linear.weight.shape)} of {name} ({linear.in_features} -> "
                          f"{linear.out_features}): choose another r, or targets without it")
@@ -328,7 +330,7 @@ def merge(model: nn.Module) -> nn.Module:
     return _replace(model, layers, {layer: plain(layer) for layer in layers.values()})
 
 
-SETTINGS = ("method", "r", "alpha", "r_p", "exact")
+OPTIONS = ("r", "alpha", "r_p", "exact")
 
 
 def adapter_state_dict(model: nn.Module) -> dict:
@@ -337,34 +339,44 @@ def adapter_state_dict(model: nn.Module) -> dict:
     layers = _adapted(model)
     if not layers:
         raise ValueError("the model has no adapter: adapt(model, ...) attaches one, merge(model) removes it")
-    trained = {f"{name}.{key}": p.detach().to("cpu", copy=True) for name, layer in layers.items()
-               for key, p in layer.named_parameters() if key not in ("weight", "bias")}
-    return {key: getattr(next(iter(layers.values())), key) for key in SETTINGS} | {
-        "targets": [*layers], "fingerprint": _fingerprint(layers.values()), "trained": trained}
+    return {key: getattr(next(iter(layers.values())), key) for key in ("method", *OPTIONS)} | {
+        "targets": [*layers], "fingerprint": _fingerprint(layers.values()),
+        "trained": {name: p.detach().to("cpu", copy=True) for name, p in _trained(layers)}}
 
 
 def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     """Put an adapter_state_dict on `model`, in place: on a plain base, which it adapts, or on a model adapted alike.
 
-    Raises ValueError, before anything is changed, when a layer is missing, the model is adapted in another way, or the
-    base is not the one the adapter was trained on. (The fingerprint sees W0 in bfloat16: the base may be cast to it.)
+    Raises ValueError, before anything is changed, when `state` is not whole, a layer is missing, the model is adapted
+    in another way, or its W0 are not those the adapter was trained on (as seen in bfloat16: the base may be cast to it).
     """
+    if not {"method", *OPTIONS, "targets", "fingerprint", "trained"} <= state.keys() or state["method"] not in METHODS:
+        raise ValueError(f"this is no adapter_state_dict of one of the methods {', '.join(METHODS)}")
     modules, layers = dict(model.named_modules(remove_duplicate=False)), _adapted(model)
-    missing = [name for name in state["targets"] if not hasattr(modules.get(name), "weight")]
-    if missing:
+    if missing := [name for name in state["targets"] if not hasattr(modules.get(name), "weight")]:
         raise ValueError(f"the adapter is for layers that the model has not: {', '.join(missing)}")
     for key, mine in adapter_state_dict(model).items() if layers else ():
-        if key in (*SETTINGS, "targets") and mine != state[key]:
+        if key in ("method", *OPTIONS, "targets") and mine != state[key]:
             raise ValueError(f"the adapter has {key}={state[key]}, the adapted model {key}={mine}: use a fresh base")
-    fingerprint = _fingerprint(modules[name] for name in state["targets"])
-    if fingerprint != state["fingerprint"]:
+    targets = {name: modules[name] for name in state["targets"]}
+    if (fingerprint := _fingerprint(targets.values())) != state["fingerprint"]:
         raise ValueError(f"the adapter was trained on another base: {state['fingerprint']}, not {fingerprint}")
+    method, options = METHODS[state["method"]], {key: state[key] for key in OPTIONS}
+    blank = {name: method(nn.Linear(*m.weight.shape[::-1], device="meta"), **options) for name, m in targets.items()}
+    shapes, given = ({name: p.shape for name, p in pairs} for pairs in (_trained(blank), state["trained"].items()))
+    if odd := [name for name in shapes | given if shapes.get(name) != given.get(name)]:
+        raise ValueError(f"the adapter's tensors are missing, unknown or of another shape: {', '.join(odd)}")
     if not layers:
-        _attach(model, state["targets"], **{key: state[key] for key in SETTINGS})
+        _attach(model, targets, method.method, **options)
     with torch.no_grad():
         for name, tensor in state["trained"].items():
             model.get_parameter(name).copy_(tensor)
     return model
+
+
+def _trained(layers):
+    return ((f"{name}.{key}", p) for name, layer in layers.items() for key, p in layer.named_parameters()
+            if key not in ("weight", "bias"))
 
 
 def _fingerprint(layers):

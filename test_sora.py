@@ -19,6 +19,7 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -333,6 +334,10 @@ def test_errors_name_what_exists_and_change_nothing():
         adapt(nn.Sequential(nn.MultiheadAttention(8, 2)), r=2)
     with pytest.raises(TypeError, match="0.linear1 cannot be adapted"):
         adapt(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8)), r=2, targets=["linear1"])
+    with pytest.raises(TypeError, match="0 is no plain floating-point nn.Linear without hooks"):
+        adapt(nn.Sequential(prune.identity(nn.Linear(4, 4), "weight")), r=2)
+    with pytest.raises(TypeError, match="0 is no plain floating-point nn.Linear"):
+        adapt(nn.Sequential(nn.Linear(4, 4).requires_grad_(False).to(torch.complex64)), r=2)
     adapt(model, "dora", r=2, r_p=2)
     with pytest.raises(ValueError, match="adapted already, with dora in 8 layers"):
         adapt(model, "sora", r=2)
@@ -366,6 +371,14 @@ def test_an_adapter_travels_alone(method, tmp_path):
     trained(model.transformer.h[0].mlp.c_fc.requires_grad_(True))
     assert held["trained"].keys() == state["trained"].keys()  # frozen or not, and whatever becomes of the model
     assert all(torch.equal(held["trained"][name], tensor) for name, tensor in state["trained"].items())
+
+    A = "transformer.h.0.mlp.c_fc.A"
+    for trained_state in ({}, state["trained"] | {A: torch.zeros(1)}, state["trained"] | {"x": torch.zeros(1)}):
+        with pytest.raises(ValueError, match=f"missing, unknown or of another shape: .*({A}|x)"):
+            load_adapter(base, state | {"trained": trained_state})
+    with pytest.raises(ValueError, match="no adapter_state_dict"):
+        load_adapter(base, base.state_dict())
+    assert type(base.transformer.h[0].mlp.c_fc) is nn.Linear and base.transformer.h[0].mlp.c_fc.weight.requires_grad
 
     for wrong, text in [(tiny_gpt(seed=1), "another base"), (adapt(tiny_gpt(), method, r=3, r_p=3), "r=2.*r=3"),
                         (adapt(tiny_gpt(), "lora" if method != "lora" else "dora", r=2), f"method={method}"),
@@ -569,7 +582,10 @@ def test_train_gpt_from_end_to_end(tmp_path):
     (["--lr", "loro=1"], r"argument --lr: unknown method 'loro'"),
     (["--n-head", "3"], r"--init scratch cannot be used: n_embd=16 is not a multiple of n_head=3"),
     (["--init", "nowhere.pt"], r"--init nowhere.pt cannot be used: No such file or directory"),
-    (["--init", "short.txt"], r"--init short.txt cannot be used: "),
+    (["--init", "short.txt"], r"--init short.txt cannot be used: it is no checkpoint"),
+    (["--init", "empty.txt"], r"--init empty.txt cannot be used: it is no checkpoint"),
+    (["--init", "."], r"--init . cannot be used: Is a directory"),
+    (["--json", "."], r".*--json .: . is a folder"),
     (["--init", "small.pt"], r"--init small.pt does not fit: its vocabulary has 11 tokens and its context 8, "),
     (["--init", "large.pt", "--block-size", "9"], r"--init large.pt does not fit: .*context 8,.*block-size asks for 9"),
     (["--device", "tpu"], r"--device tpu, .*Expected one of cpu, cuda"),
@@ -578,6 +594,7 @@ def test_train_gpt_from_end_to_end(tmp_path):
 ])
 def test_train_gpt_says_what_is_wrong_in_one_line(flags, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "empty.txt").touch()
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
     sora.save(tiny_gpt().checkpoint(), tmp_path / "small.pt")
     sora.save(tiny_gpt(vocab_size=2048).checkpoint(), tmp_path / "large.pt")
@@ -588,6 +605,16 @@ def test_train_gpt_says_what_is_wrong_in_one_line(flags, message, tmp_path, monk
     out, error = capsys.readouterr()
     assert stop.value.code == 2 and not out and error.count("\n") == 1
     assert re.match(f"train_gpt.py: {message}", error), error
+
+
+def test_train_gpt_ends_with_its_table_whatever_happens(tmp_path):
+    """A method that diverges, with two seeds, on a terminal without ‖ and bars."""
+    flags = "--methods full,lora --lr 1e-2,full=1e30 --seeds 2 --json all.json".split()
+    done = run(*flags, cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "diverged: choose a lower rate than --lr full=1e+30" in done.stdout
+    assert re.search(r"\nfull +[\d,]+ +100.00 +- +- ", done.stdout) and re.search(r"\nlora .* \? 0", done.stdout)
+    assert json.loads((tmp_path / "all.json").read_text())["results"]["full"][1]["loss"] is None
 
 
 def test_train_gpt_interrupted_prints_what_has_finished():

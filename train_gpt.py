@@ -97,6 +97,8 @@ def arguments():
         torch.zeros(1, device=args.device)
         for folder in (args.save, os.path.dirname(args.json or "")):
             os.makedirs(folder or ".", exist_ok=True)
+        if os.path.isdir(args.json or ""):
+            raise IsADirectoryError(f"{args.json} is a folder")
     except (RuntimeError, AssertionError, OSError) as error:
         fail(f"--device {args.device}, --save {args.save}, --json {args.json}: {str(error).splitlines()[0]}")
     if args.dtype == "auto":
@@ -130,8 +132,10 @@ def load_base(args, vocabulary):
             base = sora.GPT(sora.GPTConfig(*shape))
         else:
             base = sora.GPT.from_pretrained(args.init)
-    except Exception as error:  # torch.load has many ways to say that a file is no checkpoint
-        fail(f"--init {args.init} cannot be used: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}")
+    except (OSError, ValueError, RuntimeError) as error:
+        fail(f"--init {args.init} cannot be used: {getattr(error, 'strerror', None) or ' '.join(str(error).split())}")
+    except Exception:  # torch.load has many ways to say so
+        fail(f"--init {args.init} cannot be used: it is no checkpoint")
     if base.config.vocab_size != vocabulary.n_vocab or base.config.block_size < args.block_size:
         fail(f"--init {args.init} does not fit: its vocabulary has {base.config.vocab_size} tokens and its context "
              f"{base.config.block_size}, the data has {vocabulary.n_vocab} and --block-size asks for {args.block_size}")
@@ -293,8 +297,10 @@ def print_table(rows):
     def mean(key, form):
         def cell(results):
             values = [result.get(key, math.nan) for result in results]
+            if math.isnan(sum(values)):
+                return "-"
             spread = f" ± {statistics.stdev(values):{form}}" if key == "loss" and len(values) > 1 else ""
-            return "-" if math.isnan(sum(values)) else f"{statistics.fmean(values):{form}}{spread}"
+            return f"{statistics.fmean(values):{form}}{spread}"
         return cell
 
     columns = {"method": lambda results: results[0]["method"], "trainable": mean("trainable", ",.0f"),
@@ -324,6 +330,7 @@ full, so a small diagonal on a low-rank update raises it much. spectrum: log σ,
 
 
 def main():
+    sys.stdout.reconfigure(errors="replace")  # where the encoding has no ‖ or no bars, the run should not end for that
     args = arguments()
     data, windows, vocabulary = load_data(args)
     base = load_base(args, vocabulary)
@@ -356,20 +363,23 @@ def main():
                     f"merged {result.get('merged', math.nan):.4f}{result['note']}")
     except KeyboardInterrupt:
         say("interrupted: the table shows what has finished")
-    print_table(list(results.values()))
-    say(LEGEND)
-    for method, (result, *_) in results.items():
-        if "text" in result:
-            say(f"\n--- {method}\n{vocabulary.decode(result['text'])}")
     if args.json:
         settings = vars(args) | {"device": device, "torch": torch.__version__}
         report = json.dumps({"settings": settings, "results": results})
         with open(f"{args.json}.tmp", "w") as file:
             json.dump(json.loads(report, parse_constant=lambda _: None), file, indent=1)  # JSON has no NaN
         os.replace(f"{args.json}.tmp", args.json)
+    print_table(list(results.values()))
+    say(LEGEND)
+    for method, (result, *_) in results.items():
+        if "text" in result:
+            say(f"\n--- {method}\n{vocabulary.decode(result['text'])}")
     if sum(map(len, results.values())) <= len(args.methods) * args.seeds:
         sys.exit(130)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
