@@ -44,11 +44,9 @@ Use
 Not in it: dropout on the adapter path, convolutions and embeddings, quantised bases, several adapters at once.
 The parts of nn.MultiheadAttention and nn.TransformerEncoderLayer are refused: these read `.weight` and call no layer.
 
-References
-    LoRA      Hu et al. 2021, arXiv 2106.09685             DoRA      Liu et al. 2024, arXiv 2402.09353
-    SORA      Chang et al. 2025, arXiv 2511.00051; code: MaeChd/SORA, peft/tuners/sora/layer.py
-    entropy   Roy & Vetterli 2007 (p = σ/Σσ); Alter et al. 2000 (p = σ²/Σσ²)
-    GPT       Radford et al. 2019 (GPT-2); Karpathy, nanoGPT (layout and names)
+References: LoRA, Hu et al. 2021, arXiv 2106.09685; DoRA, Liu et al. 2024, arXiv 2402.09353; Pre-Diag and SORA, Chang et
+al. 2025, arXiv 2511.00051, code in MaeChd/SORA, peft/tuners/sora/layer.py; entropy, Roy & Vetterli 2007 (p = σ/Σσ) and
+Alter et al. 2000 (p = σ²/Σσ²); GPT-2, Radford et al. 2019, with the layout and names of Karpathy's nanoGPT.
 """
 import ctypes
 import hashlib
@@ -348,7 +346,7 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     """Put an adapter_state_dict on `model`, in place: on a plain base, which it adapts, or on a model adapted alike.
 
     Raises ValueError, before anything is changed, when `state` is not whole, a layer is missing, the model is adapted
-    in another way, or its W0 are not those the adapter was trained on (as seen in bfloat16: the base may be cast to it).
+    in another way, or its W0 are not those the adapter was trained on (compared in bfloat16: the base may be cast).
     """
     if not {"method", *OPTIONS, "targets", "fingerprint", "trained"} <= state.keys() or state["method"] not in METHODS:
         raise ValueError(f"this is no adapter_state_dict of one of the methods {', '.join(METHODS)}")
@@ -430,11 +428,13 @@ def _entropy(sigma, power):
 
 @dataclass
 class GPTConfig:
-    block_size: int = 1024  # the longest context, in tokens
+    """GPT-2's smallest model; block_size is the longest context in tokens."""
+
+    block_size: int = 1024
     vocab_size: int = 50257
     n_layer: int = 12
     n_head: int = 12
-    n_embd: int = 768  # GPT-2's smallest
+    n_embd: int = 768
 
 
 class Block(nn.Module):

@@ -337,7 +337,9 @@ def test_errors_name_what_exists_and_change_nothing():
     with pytest.raises(TypeError, match="0 is no plain floating-point nn.Linear without hooks"):
         adapt(nn.Sequential(prune.identity(nn.Linear(4, 4), "weight")), r=2)
     with pytest.raises(TypeError, match="0 is no plain floating-point nn.Linear"):
-        adapt(nn.Sequential(nn.Linear(4, 4).requires_grad_(False).to(torch.complex64)), r=2)
+        quantised = nn.Linear(4, 4)
+        quantised.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+        adapt(nn.Sequential(quantised), r=2)
     adapt(model, "dora", r=2, r_p=2)
     with pytest.raises(ValueError, match="adapted already, with dora in 8 layers"):
         adapt(model, "sora", r=2)

@@ -200,23 +200,20 @@ def batches(data, seed, args):
         yield data[start[:, None] + torch.arange(args.block_size + 1, device=args.device)]
 
 
-def clock(args):
-    if args.device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
 def measure_speed(runs, data, args):
     """For each method the median time of a training step, the methods taking turns."""
     times, tokens = {run.method: [] for run in runs}, args.batch_size * args.block_size
+    wait = torch.accelerator.synchronize if args.device.type != "cpu" else lambda: None
     batch = next(batches(data, 0, args))
     for i in range(WARM_UP + TIMED):
         if LIVE or i == 0:
             say(f"measuring speed: {WARM_UP + TIMED - i} rounds, one step of each method in turn", live=True)
         for run in runs:
-            start = clock(args)
+            wait()
+            start = time.perf_counter()
             run.step(batch, 0.0)
-            times[run.method].append(clock(args) - start)
+            wait()
+            times[run.method].append(time.perf_counter() - start)
     medians = {method: statistics.median(seconds[WARM_UP:]) for method, seconds in times.items()}
     return {method: {"ms": 1e3 * median, "speed": tokens / median, "relative": median / medians.get("frozen", math.nan)}
             for method, median in medians.items()}
@@ -344,8 +341,8 @@ def main():
     say(f"device    {device}, torch {torch.__version__}, {args.dtype}" + ", compiled" * args.compile)
     say(f"base      {args.init}: {', '.join(f'{key} {value}' for key, value in vars(base.config).items())}")
     say(f"data      {args.data}: {len(data):,} training tokens, {len(windows)} validation windows of {args.block_size}")
-    say(f"training  {args.steps} steps of {args.batch_size} x {args.block_size} tokens, {args.seeds} seed(s) from 0")
-    say("AdamW     peak rates " + ", ".join(f"{method} {args.lr[method]:g}" for method in args.methods))
+    say(f"training  {args.steps} steps of {args.batch_size} x {args.block_size} tokens, {args.seeds} seed(s), AdamW at "
+        + ", ".join(f"{method} {args.lr[method]:g}" for method in args.methods))
     say(f"start     validation loss {base_row['loss']:.4f}, the base's: every adapter starts as the identity\n")
     results = {"(base)": [base_row]}
     try:
