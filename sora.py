@@ -39,10 +39,10 @@ Use
     ...                                                    # your training loop, unchanged
     torch.save(adapter_state_dict(model), "sora.pt")       # only what was trained
     load_adapter(fresh_model, torch.load("sora.pt"))       # on the same base, in another process
-    merge(model)                                           # plain nn.Linear layers again, no cost at inference
+    merge(model)                                           # plain layers again, no cost at inference
 
-Not in it: dropout on the adapter path, convolutions and embeddings, quantised bases, several adapters at once.
-The parts of nn.MultiheadAttention and nn.TransformerEncoderLayer are refused: these read `.weight` and call no layer.
+Not in it: dropout on the adapter path, convolutions and embeddings, quantised bases, several adapters at once, and the
+parts of nn.MultiheadAttention and nn.TransformerEncoderLayer, which read `.weight` and call no layer: they are refused.
 
 References: LoRA, Hu et al. 2021, arXiv 2106.09685; DoRA, Liu et al. 2024, arXiv 2402.09353; Pre-Diag and SORA, Chang et
 al. 2025, arXiv 2511.00051, code in MaeChd/SORA, peft/tuners/sora/layer.py; entropy, Roy & Vetterli 2007 (p = σ/Σσ) and
@@ -50,13 +50,16 @@ Alter et al. 2000 (p = σ²/Σσ²); GPT-2, Radford et al. 2019, with the layout
 """
 import ctypes
 import hashlib
+import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The method: one layer, four ways to fill it
@@ -65,7 +68,7 @@ import torch.nn.functional as F
 class DiagonalPlusLowRank(nn.Module):
     """A frozen linear layer, conditioned: y = d⁺ ⊙ (W0 x) + B⁺ (A⁺ x) + b. The methods below say what d⁺, B⁺, A⁺ are.
 
-    linear     the nn.Linear to adapt; its weight and bias are taken over (not copied) and frozen
+    linear     the nn.Linear, or Conv1D of transformers, to adapt: it stays as it is, its memory is shared, not copied
     r, alpha   rank of the low-rank pair, 1 ≤ r ≤ min(in, out), and its scale s = alpha / r
     r_p        rank of each of SORA's C and E, at least 1 (SORA only)
     exact      the exact rotation, or the authors' first-order one (SORA only)
@@ -78,13 +81,12 @@ class DiagonalPlusLowRank(nn.Module):
 
     def __init__(self, linear: nn.Linear, r: int = 16, alpha: float = 32, r_p: int = 4, exact: bool = True):
         super().__init__()
-        _check(linear, r, r_p)
+        self.kind, linear = type(linear), _linear(linear, r, r_p)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.r, self.alpha, self.r_p, self.exact, self.s = r, alpha, r_p, exact, alpha / r
-        self.weight, self.bias = linear.weight, linear.bias  # (out, in), (out,) or None
+        self.weight, self.bias = _frozen(linear.weight), _frozen(linear.bias)  # (out, in), (out,) or None
         self.A = nn.init.kaiming_uniform_(self._parameter(r, self.in_features), a=math.sqrt(5))  # (r, in)
         self.B = self._parameter(self.out_features, r)  # (out, r), zero: W' = W0 at the start
-        linear.requires_grad_(False)
         self.train(linear.training)
 
     def _parameter(self, *shape):
@@ -252,22 +254,23 @@ METHODS = {layer.method: layer for layer in (LoRALinear, DoRALinear, PreDiagLine
 
 def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32, r_p: int = 4, targets=None,
           exact: bool = True) -> nn.Module:
-    """Freeze `model` and replace its target nn.Linear layers, in place; returns the model.
+    """Freeze `model` and replace its target linear layers, in place; returns the model.
 
     method    one of METHODS: "lora", "dora", "prediag", "sora"
-    targets   None: every nn.Linear but those that share their weight with an embedding (a tied head). Else names or
+    targets   None: every linear layer but those that share their weight with an embedding (a tied head). Else names or
               endings of names, matched on whole dotted parts: ["c_attn", "mlp.c_proj"]
     r, alpha, r_p, exact: see DiagonalPlusLowRank. A layer that stands under several names stays shared. Load the base's
     weights first: DoRA starts from their norms.
     Raises ValueError (an unknown method, a target that matches nothing, a rank out of range, a model that is adapted
-    already) or TypeError (a target that is not a plain floating-point nn.Linear), before anything is changed.
+    already) or TypeError (a target that cannot be adapted, say a quantised one), before anything is changed.
     """
     if adapted := [layer.method for layer in _adapted(model).values()]:
         raise ValueError(f"the model is adapted already, with {adapted[0]} in {len(adapted)} layers: merge it first")
-    linears = {name: m for name, m in model.named_modules(remove_duplicate=False) if name and isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in model.named_modules()
+               if name and (hasattr(m, "in_features") and hasattr(m, "out_features") or _is_conv1d(m))}
     if targets is None:
         tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        found = {"every nn.Linear": [name for name, linear in linears.items() if id(linear.weight) not in tied]}
+        found = {"every nn.Linear": [n for n, m in linears.items() if id(getattr(m, "weight", None)) not in tied]}
     else:
         targets = [targets] if isinstance(targets, str) else targets
         found = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in targets}
@@ -275,24 +278,51 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
     if missing or not found:
         exist = sorted({name.rpartition(".")[2] for name in linears}) or ["no nn.Linear inside"]
         raise ValueError(f"targets match nothing: {', '.join(missing)}; the model has {', '.join(exist)}")
-    return _attach(model, dict.fromkeys(sum(found.values(), [])), method, r=r, alpha=alpha, r_p=r_p, exact=exact)
+    names = [name for group in found.values() for name in group]
+    layers = _layers(model, names, method, r=r, alpha=alpha, r_p=r_p, exact=exact)
+    return _replace(model.requires_grad_(False), layers)
 
 
-def _attach(model, names, method, **options):
+def _layers(model, names, method, **options):
+    """{name: adapted layer} for the linear layers of those names; the model stays as it is."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    linears = {name: model.get_submodule(name) for name in names}
-    for name, linear in linears.items():
-        _check(linear, options["r"], options["r_p"], name)
+    modules = {name: model.get_submodule(name) for name in names}
+    for name, module in modules.items():
+        _linear(module, options["r"], options["r_p"], name)
         if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
             raise TypeError(f"{name} cannot be adapted, for nn.TransformerEncoderLayer does not call it in eval()")
-    layers = {linear: METHODS[method](linear, **options) for linear in linears.values()}
-    model.requires_grad_(False)
-    return _replace(model, linears, layers)
+    return {name: METHODS[method](module, **options) for name, module in modules.items()}
 
 
-def _check(linear, r, r_p, name="the layer"):
-    hooks = linear._forward_hooks or linear._forward_pre_hooks  # as of pruning and weight normalisation
+def _replace(model, layers):
+    """Put {name: layer} in place of what has these names, also where that stands under further names."""
+    substitutes = {model.get_submodule(name): layer for name, layer in layers.items()}
+    for parent in [*model.modules()]:
+        for name, child in parent._modules.items():
+            if child in substitutes:
+                setattr(parent, name, substitutes[child])
+    return model
+
+
+def _adapted(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, DiagonalPlusLowRank)}
+
+
+def _frozen(tensor):
+    return None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def _is_conv1d(module):
+    return f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D"
+
+
+def _linear(module, r=1, r_p=1, name="the layer"):
+    """`module` as an nn.Linear on the same memory; raises where it cannot be adapted at these ranks."""
+    linear, hooks = module, module._forward_hooks or module._forward_pre_hooks  # as of pruning, weight normalisation
+    if _is_conv1d(module):  # x W + b, with W (in, out)
+        linear = nn.Linear(*module.weight.shape, device="meta").train(module.training)
+        linear.weight, linear.bias = _frozen(module.weight.T), module.bias
     if type(linear) is not nn.Linear or not linear.weight.is_floating_point() or hooks:
         raise TypeError(f"{name} is no plain floating-point nn.Linear without hooks but {linear}: choose other targets")
     if not 1 <= r <= min(linear.weight.shape):
@@ -300,32 +330,43 @@ def _check(linear, r, r_p, name="the layer"):
                          f"{linear.out_features}): choose another r, or targets without it")
     if r_p < 1:
         raise ValueError(f"r_p={r_p} is not at least 1: choose a larger one")
+    return linear
 
 
-def _adapted(model):
-    return {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, DiagonalPlusLowRank)}
+def _plain(layer, weight, keep=False):
+    """A frozen nn.Linear, or Conv1D where that was adapted, with `weight` (out, in) and the layer's bias."""
+    turned = layer.kind is not nn.Linear
+    with torch.device("meta"):
+        linear = layer.kind(*layer.weight.shape[::1 if turned else -1])
+    weight, W0 = (w.T.contiguous() if turned else w for w in (weight, layer.weight))
+    linear.weight, linear.bias = _frozen(weight), layer.bias
+    if keep:
+        linear.register_buffer("W0", W0.detach(), persistent=False)
+    return linear.train(layer.training)
 
 
-def _replace(model, modules, substitutes):
-    """Put its substitute in place of each named module; one with several names is replaced under all of them."""
-    for name, module in modules.items():
-        model.set_submodule(name, substitutes[module])
-    return model
+def merge(model: nn.Module, keep: bool = False) -> nn.Module:
+    """Turn every adapted layer into the plain, frozen layer it was, with weight W' and the same bias, in place.
 
-
-def merge(model: nn.Module) -> nn.Module:
-    """Turn every adapted layer into a plain, frozen nn.Linear with weight W' and the same bias, in place.
-
-    It never happens by itself, in train() or eval(). A model without adapters is returned as it is.
+    keep=True holds W0 for `unmerge`, which takes the memory of the adapted weights a second time. Merging never happens
+    by itself, in train() or eval(). A model without adapters is returned as it is.
     """
+    layers = _adapted(model).items()
+    return _replace(model, {name: _plain(layer, layer.merged_weight(), keep) for name, layer in layers})
 
-    def plain(layer):
-        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        linear.weight, linear.bias = nn.Parameter(layer.merged_weight(), requires_grad=False), layer.bias
-        return linear.train(layer.training)
 
-    layers = _adapted(model)
-    return _replace(model, layers, {layer: plain(layer) for layer in layers.values()})
+def unmerge(model: nn.Module) -> nn.Module:
+    """Give the base back bit for bit, in place, its adapter dropped: of an adapted model, or after merge(keep=True).
+
+    Raises ValueError where there is no W0 to give back.
+    """
+    layers, kept = _adapted(model), [m for m in model.modules() if hasattr(m, "W0")]
+    if not layers and not kept:
+        raise ValueError("the model holds no W0: unmerge one that is adapted, or merged by merge(model, keep=True)")
+    for linear in kept:
+        linear.weight = _frozen(linear.W0)
+        del linear.W0
+    return _replace(model, {name: _plain(layer, layer.weight) for name, layer in layers.items()})
 
 
 OPTIONS = ("r", "alpha", "r_p", "exact")
@@ -334,12 +375,20 @@ OPTIONS = ("r", "alpha", "r_p", "exact")
 def adapter_state_dict(model: nn.Module) -> dict:
     """What was trained (copies, on the CPU) and what load_adapter needs: method, r, alpha, r_p, exact, the names of the
     layers in targets, and a fingerprint of their W0. Raises ValueError for a model without adapters."""
-    layers = _adapted(model)
-    if not layers:
+    if not (layers := _adapted(model)):
         raise ValueError("the model has no adapter: adapt(model, ...) attaches one, merge(model) removes it")
+    return _state(layers)
+
+
+def _state(layers):
     return {key: getattr(next(iter(layers.values())), key) for key in ("method", *OPTIONS)} | {
-        "targets": [*layers], "fingerprint": _fingerprint(layers.values()),
+        "targets": [*layers], "fingerprint": _fingerprint(layer.weight for layer in layers.values()),
         "trained": {name: p.detach().to("cpu", copy=True) for name, p in _trained(layers)}}
+
+
+def _trained(layers):
+    return ((f"{name}.{key}", p) for name, layer in layers.items() for key, p in layer.named_parameters()
+            if key not in ("weight", "bias"))
 
 
 def load_adapter(model: nn.Module, state: dict) -> nn.Module:
@@ -348,42 +397,37 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     Raises ValueError, before anything is changed, when `state` is not whole, a layer is missing, the model is adapted
     in another way, or its W0 are not those the adapter was trained on (compared in bfloat16: the base may be cast).
     """
-    if not {"method", *OPTIONS, "targets", "fingerprint", "trained"} <= state.keys() or state["method"] not in METHODS:
-        raise ValueError(f"this is no adapter_state_dict of one of the methods {', '.join(METHODS)}")
-    modules, layers = dict(model.named_modules(remove_duplicate=False)), _adapted(model)
-    if missing := [name for name in state["targets"] if not hasattr(modules.get(name), "weight")]:
+    if not {"method", *OPTIONS, "targets", "fingerprint", "trained"} <= state.keys():
+        raise ValueError("this is no adapter_state_dict: save that of an adapted model")
+    if missing := [name for name in state["targets"] if name not in dict(model.named_modules())]:
         raise ValueError(f"the adapter is for layers that the model has not: {', '.join(missing)}")
-    for key, mine in adapter_state_dict(model).items() if layers else ():
-        if key in ("method", *OPTIONS, "targets") and mine != state[key]:
-            raise ValueError(f"the adapter has {key}={state[key]}, the adapted model {key}={mine}: use a fresh base")
-    targets = {name: modules[name] for name in state["targets"]}
-    if (fingerprint := _fingerprint(targets.values())) != state["fingerprint"]:
-        raise ValueError(f"the adapter was trained on another base: {state['fingerprint']}, not {fingerprint}")
-    method, options = METHODS[state["method"]], {key: state[key] for key in OPTIONS}
-    blank = {name: method(nn.Linear(*m.weight.shape[::-1], device="meta"), **options) for name, m in targets.items()}
-    shapes, given = ({name: p.shape for name, p in pairs} for pairs in (_trained(blank), state["trained"].items()))
+    options = {key: state[key] for key in OPTIONS}
+    layers = _adapted(model) or _layers(model, state["targets"], state["method"], **options)
+    mine = _state(layers)
+    for key in ("method", *OPTIONS, "targets", "fingerprint"):
+        if mine[key] != state[key]:
+            raise ValueError(f"the adapter has {key}={state[key]}, the model {key}={mine[key]}: take another base")
+    shapes, given = ({name: p.shape for name, p in s["trained"].items()} for s in (mine, state))
     if odd := [name for name in shapes | given if shapes.get(name) != given.get(name)]:
         raise ValueError(f"the adapter's tensors are missing, unknown or of another shape: {', '.join(odd)}")
-    if not layers:
-        _attach(model, targets, method.method, **options)
     with torch.no_grad():
-        for name, tensor in state["trained"].items():
-            model.get_parameter(name).copy_(tensor)
-    return model
+        for name, p in _trained(layers):
+            p.copy_(state["trained"][name])
+    return model if _adapted(model) else _replace(model.requires_grad_(False), layers)
 
 
-def _trained(layers):
-    return ((f"{name}.{key}", p) for name, layer in layers.items() for key, p in layer.named_parameters()
-            if key not in ("weight", "bias"))
-
-
-def _fingerprint(layers):
-    """A hash of the base weights, the same on every device and for a base cast to bfloat16."""
+def _fingerprint(weights):
+    """A hash of the base weights (out, in), the same on every device and for a base cast to bfloat16."""
     digest = hashlib.sha256()
-    for layer in layers:
-        weight = layer.weight.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update((ctypes.c_char * weight.nbytes).from_address(weight.data_ptr()))  # the bytes, without numpy
+    for weight in weights:
+        weight = weight.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(_bytes(weight))
     return digest.hexdigest()[:16]
+
+
+def _bytes(tensor):
+    """The memory of a contiguous tensor on the CPU, without numpy. Keep the tensor while it is used."""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,29 +441,26 @@ def svd_entropy(matrix: torch.Tensor, power: float = 2) -> float:
     et al. 2000) and hardly sees a long flat tail; power=1 (Roy & Vetterli 2007) counts the tail in full. At rank r both
     are at most ln r / ln min(out, in). `matrix` may also be its singular values (1-D). nan for zeros or a single value.
     """
-    sigma = _singular_values(matrix)
-    return _entropy(sigma, power) / math.log(len(sigma)) if len(sigma) > 1 else math.nan
+    p = _shares(matrix, power)
+    return torch.special.entr(p).sum().item() / math.log(len(p)) if len(p) > 1 else math.nan
 
 
 def effective_rank(matrix: torch.Tensor, power: float = 1) -> float:
     """exp(−Σ p ln p) in [1, min(out, in)]: how many equal singular values would have this entropy (Roy & Vetterli)."""
-    return math.exp(_entropy(_singular_values(matrix), power))
+    return torch.special.entr(_shares(matrix, power)).sum().exp().item()
 
 
 def stable_rank(matrix: torch.Tensor) -> float:
     """Σσ² / max σ² in [1, min(out, in)], the squared Frobenius norm over the squared spectral norm."""
-    sigma = _singular_values(matrix)
-    return (sigma / sigma.max()).square().sum().item()
+    return 1 / _shares(matrix, 2).max().item()
 
 
-def _singular_values(matrix):
-    matrix = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
-    return matrix if matrix.ndim == 1 else torch.linalg.svdvals(matrix)
-
-
-def _entropy(sigma, power):
+def _shares(matrix, power):
+    """p, in float64; nan for a matrix of zeros."""
+    sigma = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
+    sigma = sigma if sigma.ndim == 1 else torch.linalg.svdvals(sigma)
     p = (sigma / sigma.max()).double() ** power
-    return torch.special.entr(p / p.sum()).sum().item()
+    return p / p.sum()
 
 
 # =====================================================================================================================
@@ -428,13 +469,14 @@ def _entropy(sigma, power):
 
 @dataclass
 class GPTConfig:
-    """GPT-2's smallest model; block_size is the longest context in tokens."""
+    """GPT-2's smallest model. block_size: the longest context in tokens; gelu: F.gelu's approximation, tanh or none."""
 
     block_size: int = 1024
     vocab_size: int = 50257
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    gelu: str = "tanh"
 
 
 class Block(nn.Module):
@@ -442,7 +484,7 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        n, self.n_head = config.n_embd, config.n_head
+        n, self.n_head, self.gelu = config.n_embd, config.n_head, config.gelu
         self.ln_1, self.ln_2 = nn.LayerNorm(n), nn.LayerNorm(n)
         self.attn = nn.ModuleDict({"c_attn": nn.Linear(n, 3 * n), "c_proj": nn.Linear(n, n)})
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(n, 4 * n), "c_proj": nn.Linear(4 * n, n)})
@@ -453,7 +495,7 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, C / n_head) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, n_head, T, C / n_head)
         x = x + self.attn.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
-        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))  # (B, T, C)
+        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate=self.gelu))  # (B, T, C)
 
 
 class GPT(nn.Module):
@@ -485,36 +527,148 @@ class GPT(nn.Module):
         x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C)
         for block in self.transformer.h:
             x = block(x)
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab)
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        x = self.transformer.ln_f(x)  # (B, T, C)
+        return self.lm_head(x) if targets is None else self.loss(x.flatten(0, 1), targets.flatten())
+
+    def loss(self, x, targets):
+        """Mean loss of x (N, C), 2²⁶ logits at a time. Those of a chunk are computed again in the backward pass instead
+        of kept: at 50,257 a token they would take more memory than the rest of the model."""
+        n = 2**26 // self.config.vocab_size
+        if len(x) <= n:
+            return F.cross_entropy(self.lm_head(x), targets)
+
+        def chunk(x, targets):
+            return F.cross_entropy(self.lm_head(x), targets, reduction="sum")
+
+        parts = zip(x.split(n), targets.split(n))
+        return sum(checkpoint(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts) / len(x)
 
     @torch.no_grad()
-    def generate(self, tokens: torch.Tensor, n: int, temperature: float = 1.0, top_k: int | None = None,
+    def generate(self, tokens: torch.Tensor, n: int, temperature: float = 1.0,
                  generator: torch.Generator | None = None) -> torch.Tensor:
         """Append n sampled tokens: (B, T) -> (B, T + n). Nothing is cached, so each token costs a full pass."""
         for _ in range(n):
             logits = self(tokens[:, -self.config.block_size:])[:, -1] / temperature  # (B, vocab)
-            if top_k is not None:
-                logits[logits < logits.topk(min(top_k, logits.shape[1])).values[:, -1:]] = -math.inf
             drawn = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)  # (B, 1)
             tokens = torch.cat([tokens, drawn], 1)
         return tokens
 
     def checkpoint(self) -> dict:
-        """What from_pretrained needs, once it is saved."""
+        """What from_pretrained reads, to be saved by `save`. Raises ValueError while an adapter is attached."""
+        if _adapted(self):
+            raise ValueError("the model is adapted: merge(model) first, or save adapter_state_dict(model)")
         return {"config": asdict(self.config), "model": self.state_dict()}
 
+    def gpt2_state_dict(self) -> dict:
+        """The weights with GPT-2's names and orientation, as from_pretrained and transformers read them, the latter from
+        a file named pytorch_model.bin beside a config.json. Raises ValueError while an adapter is attached."""
+        return _transposed(self.checkpoint()["model"])
+
     @classmethod
-    def from_pretrained(cls, path: str) -> "GPT":
-        """The GPT of a saved `checkpoint()`, in float32 on the CPU. No code from the file is ever run."""
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or not {"config", "model"} <= checkpoint.keys():
-            raise ValueError(f"{path} is no checkpoint of this GPT: it lacks 'config' or 'model'")
-        model, state = cls(GPTConfig(**checkpoint["config"])), checkpoint["model"]
-        if not torch.equal(state["lm_head.weight"], state["transformer.wte.weight"]):  # the head was adapted and merged
-            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-        model.load_state_dict(state)
+    def from_pretrained(cls, name_or_path: str, check: bool = True) -> "GPT":
+        """A GPT in float32 on the CPU, of one of these. No code from a file is ever run.
+
+        - "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl": OpenAI's weights, downloaded once into torch.hub's folder and
+          compared with their sha256 each time (check=False leaves that out)
+        - the path of a .safetensors file, or a saved gpt2_state_dict, in GPT-2's layout; the config.json beside it
+          tells n_head and the GELU: without one, heads are 64 wide and the GELU is the tanh form, as in GPT-2
+        - nanoGPT's ckpt.pt, with the exact GELU; where it has no biases, they are zero
+        - what save(model.checkpoint(), path) wrote
+        Raises OSError (the file cannot be had), ValueError (it is none of these), RuntimeError (a list of all tensors
+        that are missing, unknown or of another shape).
+        """
+        path = Path(_download(name_or_path, check) if name_or_path in GPT2 else name_or_path)
+        try:
+            safe = path.suffix == ".safetensors"
+            file = _read_safetensors(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+            config, state = _config_and_state(file, path.with_name("config.json"))
+        except OSError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} is no checkpoint of GPT-2, nanoGPT or this GPT: {error!r:.100}") from error
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict({name: p.float() for name, p in state.items()}, assign=True)
+        if torch.equal(model.lm_head.weight, model.transformer.wte.weight):  # else the head was adapted and merged
+            model.lm_head.weight = model.transformer.wte.weight
         return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: GPT-2's released weights, other people's checkpoints, our own
+
+GPT2 = {  # n_layer, n_head, n_embd, the revision at huggingface.co/openai-community, the sha256 of model.safetensors
+    "gpt2": (12, 12, 768, "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+             "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
+    "gpt2-medium": (24, 16, 1024, "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+                    "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
+    "gpt2-large": (36, 20, 1280, "32b71b12589c2f8d625668d2335a01cac3249519",
+                   "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce"),
+    "gpt2-xl": (48, 25, 1600, "15ea56dee5df4983c59b2538573817e1667135e2",
+                "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
+}
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out) in GPT-2
+MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which some files hold
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def _download(name, check):
+    """The path of a model.safetensors of GPT-2, downloaded unless it is there, and the one that was released."""
+    revision, sha256 = GPT2[name][3:]
+    path = Path(torch.hub.get_dir(), "checkpoints", f"{name}.safetensors")
+    url = f"https://huggingface.co/openai-community/{name}/resolve/{revision}/model.safetensors"
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, path)  # under a temporary name until it is whole
+        except OSError as error:
+            raise OSError(f"{name} cannot be downloaded ({error}): put {url} at {path}") from error
+    if check and (found := hashlib.sha256(_bytes(_mapped(path))).hexdigest()) != sha256:
+        raise ValueError(f"{path} has sha256 {found}, not {name}'s {sha256}: delete it, or pass check=False")
+    return path
+
+
+def _mapped(path):
+    return torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)  # mapped into memory, not read
+
+
+def _read_safetensors(path):
+    """{name: tensor} of a .safetensors file: 8 bytes for the length of a JSON header, the header, the raw tensors."""
+    data, tensors = _mapped(path), {}
+    start = 8 + int.from_bytes(_bytes(data[:8]), "little")
+    for name, entry in json.loads(bytes(_bytes(data[8:start]))).items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            raw = data[start + first:start + last].clone()
+            tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    return tensors
+
+
+def _transposed(state):
+    return {name: p.T.contiguous() if name.endswith(CONV1D) else p for name, p in state.items()}
+
+
+def _config_and_state(file, beside):
+    """The GPTConfig and the state dict, in our layout, of what a checkpoint file holds."""
+    if "model_args" in file:  # nanoGPT
+        config, state = file["model_args"] | {"gelu": "none"}, file["model"]
+    elif "config" in file:  # this GPT
+        config, state = file["config"], file["model"]
+    else:  # GPT-2
+        state = _transposed({name.removeprefix("transformer."): p for name, p in file.items()})
+        (vocab_size, n_embd), block_size = state["wte.weight"].shape, len(state["wpe.weight"])
+        told = {} if n_embd % 64 else {"n_head": n_embd // 64}
+        told |= json.loads(beside.read_text()) if beside.exists() else {}
+        config = {"block_size": block_size, "vocab_size": vocab_size, "n_embd": n_embd, "n_head": told["n_head"],
+                  "n_layer": len({name.split(".")[1] for name in state if name.startswith("h.")}),
+                  "gelu": {"gelu_new": "tanh", "gelu": "none"}[told.get("activation_function", "gelu_new")]}
+        head = state.pop("lm_head.weight", state["wte.weight"])
+        state = {f"transformer.{name}": p for name, p in state.items()} | {"lm_head.weight": head}
+    state = {name.removeprefix("_orig_mod."): p for name, p in state.items() if not name.endswith(MASKS)}
+    if not config.get("bias", True):  # nanoGPT can do without
+        biased = [name for name in state if name.startswith(("transformer.h.", "transformer.ln_f"))]
+        state |= {f"{name.removesuffix('weight')}bias": torch.zeros(len(state[name])) for name in biased}
+    return GPTConfig(**{f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}), state
 
 
 def save(state: dict, path: str):

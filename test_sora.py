@@ -382,7 +382,7 @@ def test_an_adapter_travels_alone(method, tmp_path):
         load_adapter(base, base.state_dict())
     assert type(base.transformer.h[0].mlp.c_fc) is nn.Linear and base.transformer.h[0].mlp.c_fc.weight.requires_grad
 
-    for wrong, text in [(tiny_gpt(seed=1), "another base"), (adapt(tiny_gpt(), method, r=3, r_p=3), "r=2.*r=3"),
+    for wrong, text in [(tiny_gpt(seed=1), "has fingerprint=.* its own base"), (adapt(tiny_gpt(), method, r=3, r_p=3), "r=2, the model r=3"),
                         (adapt(tiny_gpt(), "lora" if method != "lora" else "dora", r=2), f"method={method}"),
                         (nn.Linear(2, 2), "layers that the model has not: transformer.h.0")]:
         before = copy.deepcopy(wrong.state_dict())
@@ -509,10 +509,9 @@ def test_gpt_ties_its_head_generates_and_saves(tmp_path):
     adapt(model, r=2)
     assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.transformer.wte.weight
     merge(model)
-    a, b = (model.generate(x, 10, top_k=3, generator=rng(5)) for _ in range(2))
+    a, b = (model.generate(x, 10, generator=rng(5)) for _ in range(2))
     assert a.shape == (2, 13) and torch.equal(a, b) and torch.equal(a[:, :3], x)
-    for greedy in ({"top_k": 1}, {"temperature": 1e-6}):
-        assert torch.equal(model.generate(x, 1, **greedy)[:, -1], model(x)[:, -1].argmax(-1))
+    assert torch.equal(model.generate(x, 1, temperature=1e-6)[:, -1], model(x)[:, -1].argmax(-1))
     with pytest.raises(ValueError, match="9 tokens are more than the context of 8"):
         model(tokens(1, 9))
     sora.save(model.half().checkpoint(), tmp_path / "base.pt")
