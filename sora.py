@@ -52,6 +52,7 @@ import ctypes
 import hashlib
 import json
 import math
+import mmap
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -421,13 +422,8 @@ def _fingerprint(weights):
     digest = hashlib.sha256()
     for weight in weights:
         weight = weight.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(_bytes(weight))
+        digest.update((ctypes.c_char * weight.nbytes).from_address(weight.data_ptr()))  # its bytes, without numpy
     return digest.hexdigest()[:16]
-
-
-def _bytes(tensor):
-    """The memory of a contiguous tensor on the CPU, without numpy. Keep the tensor while it is used."""
-    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -501,6 +497,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019): tokens (B, T) -> logits (B, T, vocab), or, given targets (B, T), their mean loss."""
 
+    CHUNK = 2**26  # logits at a time, in the loss
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         if config.n_embd % config.n_head:
@@ -531,9 +529,9 @@ class GPT(nn.Module):
         return self.lm_head(x) if targets is None else self.loss(x.flatten(0, 1), targets.flatten())
 
     def loss(self, x, targets):
-        """Mean loss of x (N, C), 2²⁶ logits at a time. Those of a chunk are computed again in the backward pass instead
-        of kept: at 50,257 a token they would take more memory than the rest of the model."""
-        n = 2**26 // self.config.vocab_size
+        """Mean loss of x (N, C). Where there are several chunks their logits are computed again in the backward pass
+        instead of kept: at 50,257 a token they would take more memory than the rest of the model."""
+        n = max(1, self.CHUNK // self.config.vocab_size)
         if len(x) <= n:
             return F.cross_entropy(self.lm_head(x), targets)
 
@@ -560,8 +558,8 @@ class GPT(nn.Module):
         return {"config": asdict(self.config), "model": self.state_dict()}
 
     def gpt2_state_dict(self) -> dict:
-        """The weights with GPT-2's names and orientation, as from_pretrained and transformers read them, the latter from
-        a file named pytorch_model.bin beside a config.json. Raises ValueError while an adapter is attached."""
+        """The weights with GPT-2's names and orientation, as from_pretrained and transformers read them (the latter as
+        pytorch_model.bin beside a config.json). Raises ValueError while an adapter is attached."""
         return _transposed(self.checkpoint()["model"])
 
     @classmethod
@@ -623,23 +621,24 @@ def _download(name, check):
             torch.hub.download_url_to_file(url, path)  # under a temporary name until it is whole
         except OSError as error:
             raise OSError(f"{name} cannot be downloaded ({error}): put {url} at {path}") from error
-    if check and (found := hashlib.sha256(_bytes(_mapped(path))).hexdigest()) != sha256:
+    if check and (found := hashlib.sha256(_mapped(path)).hexdigest()) != sha256:
         raise ValueError(f"{path} has sha256 {found}, not {name}'s {sha256}: delete it, or pass check=False")
     return path
 
 
 def _mapped(path):
-    return torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)  # mapped into memory, not read
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # its bytes, mapped into memory and not read
 
 
 def _read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes for the length of a JSON header, the header, the raw tensors."""
     data, tensors = _mapped(path), {}
-    start = 8 + int.from_bytes(_bytes(data[:8]), "little")
-    for name, entry in json.loads(bytes(_bytes(data[8:start]))).items():
+    start = 8 + int.from_bytes(data[:8], "little")
+    for name, entry in json.loads(data[8:start]).items():
         if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            raw = data[start + first:start + last].clone()
+            first, last = (start + offset for offset in entry["data_offsets"])
+            raw = torch.frombuffer(data, dtype=torch.uint8)[first:last].clone()
             tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 

@@ -4,6 +4,8 @@ The references are slow, dense and in float64: the formulas as they are printed,
 """
 import copy
 import hashlib
+import http.client
+import io
 import json
 import math
 import os
@@ -11,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from itertools import product
 from pathlib import Path
 
@@ -26,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import sora
 import train_gpt
 from sora import (GPT, METHODS, DoRALinear, GPTConfig, SORALinear, adapt, adapter_state_dict, load_adapter, merge,
-                  rotation)
+                  rotation, save, unmerge)
 
 HERE = Path(__file__).parent
 ALL = pytest.mark.parametrize("method", METHODS)
@@ -336,6 +339,10 @@ def test_errors_name_what_exists_and_change_nothing():
         adapt(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8)), r=2, targets=["linear1"])
     with pytest.raises(TypeError, match="0 is no plain floating-point nn.Linear without hooks"):
         adapt(nn.Sequential(prune.identity(nn.Linear(4, 4), "weight")), r=2)
+    with pytest.raises(TypeError, match="0 is no plain floating-point nn.Linear without hooks but DynamicQuantized"):
+        with warnings.catch_warnings(action="ignore"):
+            eight_bits = torch.ao.nn.quantized.dynamic.Linear(4, 4)
+        adapt(nn.Sequential(eight_bits), r=2)
     with pytest.raises(TypeError, match="0 is no plain floating-point nn.Linear"):
         quantised = nn.Linear(4, 4)
         quantised.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
@@ -382,7 +389,7 @@ def test_an_adapter_travels_alone(method, tmp_path):
         load_adapter(base, base.state_dict())
     assert type(base.transformer.h[0].mlp.c_fc) is nn.Linear and base.transformer.h[0].mlp.c_fc.weight.requires_grad
 
-    for wrong, text in [(tiny_gpt(seed=1), "has fingerprint=.* its own base"), (adapt(tiny_gpt(), method, r=3, r_p=3), "r=2, the model r=3"),
+    for wrong, text in [(tiny_gpt(seed=1), "has fingerprint=.*: take another base"), (adapt(tiny_gpt(), method, r=3, r_p=3), "r=2, the model r=3"),
                         (adapt(tiny_gpt(), "lora" if method != "lora" else "dora", r=2), f"method={method}"),
                         (nn.Linear(2, 2), "layers that the model has not: transformer.h.0")]:
         before = copy.deepcopy(wrong.state_dict())
@@ -390,6 +397,138 @@ def test_an_adapter_travels_alone(method, tmp_path):
             load_adapter(wrong, state)
         assert wrong.state_dict().keys() == before.keys()
         assert all(torch.equal(tensor, before[name]) for name, tensor in wrong.state_dict().items())
+
+
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerge_gives_the_base_back(method, dtype):
+    base, x = tiny_gpt().to(dtype), tokens(3, 8)
+    for model in (trained(adapt(copy.deepcopy(base), method, r=2)),
+                  merge(trained(adapt(copy.deepcopy(base), method, r=2)), keep=True)):
+        assert (model(x) - base(x)).abs().max() > 1e-2
+        assert not any("W0" in name for name in model.state_dict())
+        assert unmerge(model) is model and torch.equal(model(x), base(x))
+        assert model.state_dict().keys() == base.state_dict().keys()
+        assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
+        with pytest.raises(ValueError, match=r"the model holds no W0: .* merge\(model, keep=True\)"):
+            unmerge(model)
+    with pytest.raises(ValueError, match="the model holds no W0"):
+        unmerge(merge(adapt(model, method, r=2)))
+
+
+@ALL
+def test_train_save_load_merge_reload(method, tmp_path):
+    base, x = tiny_gpt(), tokens(3, 8)
+    model = train(adapt(copy.deepcopy(base), method, r=2, r_p=2), steps=10)
+    expected = model(x)
+    assert (expected - base(x)).abs().max() > 1e-2
+    save(adapter_state_dict(model), tmp_path / "adapter.pt")
+    loaded = load_adapter(copy.deepcopy(base), torch.load(tmp_path / "adapter.pt", weights_only=True))
+    for refused in (loaded.checkpoint, loaded.gpt2_state_dict):
+        with pytest.raises(ValueError, match=r"adapted: merge\(model\) first, or save adapter_state_dict"):
+            refused()
+    save(merge(loaded).checkpoint(), tmp_path / "merged.pt")
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path / "merged.pt")(x), expected, rtol=1e-5, atol=1e-5)
+    save(loaded.gpt2_state_dict(), tmp_path / "gpt2.pt")
+    (tmp_path / "config.json").write_text('{"n_head": 2}')
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path / "gpt2.pt")(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def joined_gradients(rank, method, path):
+    """What one of two processes does: half of the batch, under DistributedDataParallel."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
+    model = trained(adapt(tiny_gpt(), method, r=2, r_p=2), scale=0.1)
+    batch = tokens(4, 9)[2 * rank:2 * rank + 2]
+    parallel = nn.parallel.DistributedDataParallel(model)
+    parallel(batch[:, :-1], batch[:, 1:]).backward()
+    if rank == 0:
+        torch.save({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, f"{path}/gradients")
+    torch.distributed.barrier()  # or the one that is done first would hang up on the other
+    torch.distributed.destroy_process_group()
+
+
+@ALL
+def test_distributed_data_parallel(method, tmp_path):
+    torch.multiprocessing.spawn(joined_gradients, (method, str(tmp_path)), nprocs=2)
+    model, batch = trained(adapt(tiny_gpt(), method, r=2, r_p=2), scale=0.1), tokens(4, 9)
+    model(batch[:, :-1], batch[:, 1:]).backward()
+    gradients = torch.load(tmp_path / "gradients")
+    assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+# ----------------------------------------------------------------------------------------------- models of transformers
+
+
+def llama():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
+                                      num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
+                                      bos_token_id=None, eos_token_id=None)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def gpt2(**options):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(**{"vocab_size": 11, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2,
+                                        "bos_token_id": None, "eos_token_id": None} | options)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    for name, p in model.named_parameters():
+        nn.init.normal_(p, std=0.3, generator=rng(len(name)))
+    return model
+
+
+@ALL
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_models_of_transformers(make, method, tmp_path):
+    base, x = make(), tokens(3, 8)
+    model, y = adapt(copy.deepcopy(base), method, r=1, r_p=2), base(x).logits
+    torch.testing.assert_close(model(x).logits, y, rtol=1e-6, atol=1e-6)
+    assert not any(type(m).__name__ == "Conv1D" for m in model.modules())
+    tied = base.lm_head.weight is base.get_input_embeddings().weight
+    assert hasattr(model.lm_head, "A") != tied == (make is gpt2)
+    model(x, labels=x).loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+    trained(model, 0.1).zero_grad()
+    model(x, labels=x).loss.backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train().zero_grad()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model(x, labels=x, use_cache=False).loss.backward()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-5, atol=1e-7)
+    model.gradient_checkpointing_disable()
+    model.eval()
+
+    expected, state = model(x).logits, adapter_state_dict(model)
+    assert (expected - y).abs().max() > 1e-3
+    assert torch.equal(load_adapter(copy.deepcopy(base), state)(x).logits, expected)
+    narrow = load_adapter(copy.deepcopy(base).bfloat16(), state)
+    assert {p.dtype for p in narrow.parameters() if p.requires_grad} == {torch.float32}
+    assert (narrow(x).logits.float() - expected).abs().mean() < 0.05
+    merge(model, keep=True).save_pretrained(tmp_path)
+    assert {type(m) for m in model.modules()} == {type(m) for m in base.modules()}
+    torch.testing.assert_close(model(x).logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(type(base).from_pretrained(tmp_path)(x).logits, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(unmerge(model)(x).logits, y)
+
+
+@ALL
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_models_of_transformers_compile(make, method):
+    torch.compiler.reset()
+    model, x = trained(adapt(make(), method, r=1, r_p=2), 0.1), tokens(3, 8)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, use_cache=False).logits, model(x).logits, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- plain modules
@@ -525,6 +664,172 @@ def test_gpt_ties_its_head_generates_and_saves(tmp_path):
         GPT.from_pretrained(tmp_path / "other.pt")
 
 
+def test_the_loss_in_chunks_keeps_no_logits():
+    model, x = tiny_gpt(), tokens(4, 9)
+    whole = model(x[:, :-1], x[:, 1:])
+    expected = torch.autograd.grad(whole, model.transformer.wte.weight)[0]
+    model.CHUNK, kept = 11 * 5, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        loss = model(x[:, :-1], x[:, 1:])
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(torch.autograd.grad(loss, model.transformer.wte.weight)[0], expected)
+    assert kept and not any(shape[-1:] == (11,) for shape in kept)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x[:, :-1], x[:, 1:]), whole)
+
+
+# ------------------------------------------------------------------------------------------------- files of other people
+
+
+def write_safetensors(path, state, metadata=True):
+    """An independent writer of the format."""
+    codes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"}
+    header, body = {"__metadata__": {"format": "pt"}} if metadata else {}, b""
+    for name, tensor in state.items():
+        raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("act, heads", [("gelu_new", 2), ("gelu", 4)])
+def test_equals_gpt2_of_transformers(prefix, act, heads, tmp_path):
+    theirs, x = gpt2(activation_function=act, n_head=heads), tokens(3, 8)
+    theirs.config.save_pretrained(tmp_path)
+    state = {prefix + name.removeprefix("transformer."): p for name, p in theirs.state_dict().items() if "lm" not in name}
+    state |= {f"{prefix}h.{i}.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril() for i in range(2)}
+    write_safetensors(tmp_path / "any.safetensors", state)
+    model = GPT.from_pretrained(tmp_path / "any.safetensors")
+    torch.testing.assert_close(model(x), theirs(x).logits, rtol=0, atol=1e-4)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.config == GPTConfig(8, 11, 2, heads, 8, {"gelu_new": "tanh", "gelu": "none"}[act])
+    with torch.no_grad():  # the square weight is not symmetric, so that its orientation shows
+        model.transformer.h[0].attn.c_proj.weight.copy_(model.transformer.h[0].attn.c_proj.weight.T.clone())
+    assert (model(x) - theirs(x).logits).abs().max() > 1e-2
+
+
+def test_merged_weights_are_read_by_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs, x = gpt2(), tokens(3, 8)
+    theirs.save_pretrained(tmp_path)  # their writer of the format
+    model = merge(trained(adapt(GPT.from_pretrained(tmp_path / "model.safetensors"), "sora", r=2), 0.1))
+    assert (model(x) - theirs(x).logits).abs().max() > 1e-2
+    (tmp_path / "model.safetensors").unlink()
+    save(model.gpt2_state_dict(), tmp_path / "pytorch_model.bin")
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(x).logits, model(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(GPT.from_pretrained(tmp_path / "pytorch_model.bin")(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_safetensors(dtype, tmp_path):
+    model, x = tiny_gpt(n_embd=64, n_head=1).to(dtype), tokens(3, 8)  # without a config.json heads are 64 wide
+    write_safetensors(tmp_path / "a.safetensors", {"odd.attn.bias": torch.ones(1, dtype=torch.bool)}
+                      | {name: p for name, p in model.gpt2_state_dict().items() if "lm_head" not in name}, metadata=False)
+    again = GPT.from_pretrained(str(tmp_path / "a.safetensors"))
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert torch.equal(again(x), model.float()(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt(bias, tmp_path):
+    """What nanoGPT writes: model_args, _orig_mod., a padded vocabulary, the exact GELU, perhaps no biases."""
+    theirs, x = gpt2(activation_function="gelu", vocab_size=64), tokens(3, 8)
+    if not bias:
+        with torch.no_grad():
+            for name, p in theirs.named_parameters():
+                p.mul_(not name.endswith("bias"))
+    state = {f"_orig_mod.{name}": p.T if name.endswith(sora.CONV1D) else p for name, p in theirs.state_dict().items()
+             if bias or not name.endswith("bias")} | {"_orig_mod.transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}
+    arguments = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 8, "bias": bias, "vocab_size": 64, "dropout": 0.0}
+    torch.save({"model": state, "model_args": arguments, "iter_num": 5, "config": {"dataset": "x"},
+                "best_val_loss": torch.tensor(1.0)}, tmp_path / "ckpt.pt")
+    model = GPT.from_pretrained(tmp_path / "ckpt.pt")
+    torch.testing.assert_close(model(x), theirs(x).logits, rtol=0, atol=1e-4)
+    assert model.config.vocab_size == 64 and all(p.requires_grad for p in model.parameters())
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_bad_files_are_refused_and_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = tiny_gpt(n_embd=64, n_head=1).gpt2_state_dict()
+    state.pop("lm_head.weight")
+    changed = state | {"transformer.h.0.attn.c_proj.bias": torch.zeros(3), "transformer.h.1.extra": torch.zeros(1)}
+    changed.pop("transformer.h.1.mlp.c_fc.weight")
+    write_safetensors(tmp_path / "changed.safetensors", changed)
+    with pytest.raises(RuntimeError) as error:
+        GPT.from_pretrained("changed.safetensors")
+    for name in ("Missing.*h.1.mlp.c_fc.weight", "Unexpected.*h.1.extra", "size mismatch.*h.0.attn.c_proj.bias"):
+        assert re.search(name, str(error.value))
+    write_safetensors(tmp_path / "whole.safetensors", state)
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    torch.save({"config": {"n_layer": 1}, "model": Harmful()}, "code.pt")
+    torch.save(nn.Linear(2, 2), "module.pt")
+    torch.save({"a": torch.zeros(1)}, "other.pt")
+    write_safetensors(tmp_path / "narrow.safetensors", tiny_gpt().gpt2_state_dict())
+    for name, content in {"cut.safetensors": whole[:-3], "head.safetensors": whole[:50], "text.safetensors": b"hello, you",
+                          "none.safetensors": b"", "long.safetensors": b"\xff" * 20, "text.pt": b"hello"}.items():
+        Path(name).write_bytes(content)
+    for path in [*Path().glob("*.pt"), *Path().glob("[chtnl]*[!d].safetensors"), Path("narrow.safetensors")]:
+        with pytest.raises(ValueError, match=f"{path} is no checkpoint of GPT-2, nanoGPT or this GPT: .") as error:
+            GPT.from_pretrained(path)
+        assert "\n" not in str(error.value)
+    assert not Path("harm").exists()
+    with pytest.raises(OSError, match="nowhere.safetensors"):
+        GPT.from_pretrained("nowhere.safetensors")
+
+
+def test_gpt2_is_downloaded_once_and_compared(tmp_path, monkeypatch):
+    state, x = tiny_gpt(n_embd=64, n_head=1), tokens(3, 8)
+    write_safetensors(tmp_path / "source", {n: p for n, p in state.gpt2_state_dict().items() if "lm_head" not in n})
+    content = (tmp_path / "source").read_bytes()
+    cache = tmp_path / "hub/checkpoints"
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    asked = []
+
+    class Answer(io.BytesIO):
+        def info(self):
+            return http.client.HTTPMessage()
+
+        def read(self, n=-1):
+            chunk = super().read(n)
+            if cut and not chunk:
+                raise ConnectionResetError("the line is dead")
+            return chunk
+
+    def urlopen(request, *args, **kwargs):
+        asked.append(getattr(request, "full_url", request))
+        return Answer(content[:cut])
+
+    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+    cut = 1000
+    with pytest.raises(OSError, match="gpt2 cannot be downloaded .the line is dead.: put https://.*model.safetensors at "
+                                      f"{cache / 'gpt2.safetensors'}"):
+        GPT.from_pretrained("gpt2")
+    assert os.listdir(cache) == []
+    cut = None
+    with pytest.raises(ValueError, match="gpt2.safetensors has sha256 .*: delete it, or pass check=False"):
+        GPT.from_pretrained("gpt2")
+    digest = hashlib.sha256(content).hexdigest()
+    monkeypatch.setitem(sora.GPT2, "gpt2", (*sora.GPT2["gpt2"][:4], digest))
+    again = GPT.from_pretrained("gpt2")
+    assert torch.equal(again(x), state(x)) and len(asked) == 2 and asked[0] == asked[1]
+    assert asked[0] == ("https://huggingface.co/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/"
+                        "model.safetensors")
+    (cache / "gpt2.safetensors").write_bytes(content[:-1] + b"x")
+    with pytest.raises(ValueError, match="sha256"):
+        GPT.from_pretrained("gpt2")
+    GPT.from_pretrained("gpt2", check=False)
+    assert len(asked) == 2
+
+
 # --------------------------------------------------------------------------------------------------------- train_gpt.py
 
 
@@ -572,24 +877,27 @@ def test_train_gpt_from_end_to_end(tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--data", "nowhere.txt"], r"--data nowhere.txt cannot be read: No such file or directory"),
+    (["--data", "nowhere.txt"], r"--data nowhere.txt: .*No such file or directory"),
     (["--data", "short.txt"], r"--data short.txt is too short: it has \d+ tokens, --block-size 8 needs 90"),
-    (["--data", "binary.txt"], r"--data binary.txt cannot be read: it is not UTF-8 text"),
+    (["--data", "binary.txt"], r"--data binary.txt: 'utf-8' codec can't decode"),
     (["--methods", "lora,sorra"], r"argument --methods: unknown method 'sorra': choose from full,lora,dora,prediag"),
     (["--r", "17"], r"--r 17: r=17 is outside 1\.\.16 of transformer\.h\.0\.attn\.c_attn"),
     (["--r", "0"], r"argument --r: '0' is not a whole number above 0"),
     (["--steps", "many"], r"argument --steps: 'many' is not a whole number above 0"),
-    (["--lr", "sora=fast"], r"argument --lr: invalid rates value: 'sora=fast'"),
+    (["--lr", "sora=fast"], r"argument --lr: 'fast' is not a number above 0"),
+    (["--lr", "nan"], r"argument --lr: 'nan' is not a number above 0"),
+    (["--alpha", "-1"], r"argument --alpha: '-1' is not a number above 0"),
+    (["--random-weights"], r"--init scratch: --random-weights is for gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
     (["--lr", "loro=1"], r"argument --lr: unknown method 'loro'"),
-    (["--n-head", "3"], r"--init scratch cannot be used: n_embd=16 is not a multiple of n_head=3"),
-    (["--init", "nowhere.pt"], r"--init nowhere.pt cannot be used: No such file or directory"),
-    (["--init", "short.txt"], r"--init short.txt cannot be used: it is no checkpoint"),
-    (["--init", "empty.txt"], r"--init empty.txt cannot be used: it is no checkpoint"),
-    (["--init", "."], r"--init . cannot be used: Is a directory"),
+    (["--n-head", "3"], r"--init scratch: n_embd=16 is not a multiple of n_head=3"),
+    (["--init", "nowhere.pt"], r"--init nowhere.pt: .*No such file or directory"),
+    (["--init", "short.txt"], r"--init short.txt: short.txt is no checkpoint of GPT-2, nanoGPT or this GPT"),
+    (["--init", "empty.txt"], r"--init empty.txt: empty.txt is no checkpoint of GPT-2, nanoGPT or this GPT"),
+    (["--init", "."], r"--init .: .*Is a directory"),
     (["--json", "."], r".*--json .: . is a folder"),
     (["--init", "small.pt"], r"--init small.pt does not fit: its vocabulary has 11 tokens and its context 8, "),
     (["--init", "large.pt", "--block-size", "9"], r"--init large.pt does not fit: .*context 8,.*block-size asks for 9"),
-    (["--device", "tpu"], r"--device tpu, .*Expected one of cpu, cuda"),
+    (["--device", "tpu"], r"--device tpu: .*Expected one of cpu, cuda"),
     (["--stesp", "3"], r"unrecognized arguments: --stesp 3"),
     (["--save", "short.txt/x"], r".*--save short.txt/x, .*Not a directory"),
 ])
@@ -606,6 +914,31 @@ def test_train_gpt_says_what_is_wrong_in_one_line(flags, message, tmp_path, monk
     out, error = capsys.readouterr()
     assert stop.value.code == 2 and not out and error.count("\n") == 1
     assert re.match(f"train_gpt.py: {message}", error), error
+
+
+def test_train_gpt_with_gpt2_offline(tmp_path):
+    """Without the file one line says where to put it; with one put there, it trains."""
+    dead = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    options = {"cwd": tmp_path, "env": os.environ | dead | {"TORCH_HOME": "home", "TIKTOKEN_CACHE_DIR": "vocabulary"}}
+    small = "--block-size 16 --batch-size 1 --steps 2 --methods sora --init gpt2".split()
+    done = run(*small, **options)
+    said = re.fullmatch(r"train_gpt.py: --init gpt2: gpt2 cannot be downloaded \(.*\): put https\S+ at (\S+)\n", done.stderr)
+    assert done.returncode == 2 and not done.stdout and said, done.stderr
+    state = tiny_gpt(vocab_size=50257, block_size=1024, n_embd=64, n_head=1).gpt2_state_dict()
+    write_safetensors(tmp_path / said[1], {name: p for name, p in state.items() if "lm_head" not in name})
+    refused = run(*small, **options)
+    assert refused.returncode == 2 and "sha256" in refused.stderr and refused.stderr.count("\n") == 1
+    done = run(*small, "--no-check", **options)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "vocab_size 50257" in done.stdout and "first 2,048 tokens" in done.stdout and "\nsora " in done.stdout
+
+
+def test_gpt2_changes_the_defaults(monkeypatch):
+    for flags, expected in [([], (120, 128, 1e-2, 2e-3)), (["--init", "gpt2-xl"], (200, 1024, 2e-4, 3e-5)),
+                            (["--init", "gpt2", "--steps", "7", "--lr", "full=1"], (7, 1024, 2e-4, 1))]:
+        monkeypatch.setattr(sys, "argv", ["train_gpt.py", *flags])
+        args = train_gpt.arguments()
+        assert (args.steps, args.block_size, args.lr["sora"], args.lr["full"]) == expected
 
 
 def test_train_gpt_ends_with_its_table_whatever_happens(tmp_path):
@@ -636,7 +969,7 @@ def test_train_gpt_interrupted_prints_what_has_finished():
 def test_every_flag_has_help_and_a_default():
     done = run("--help")
     flags = re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE)
-    assert {"--init", "--lr", "--json", "--r-p", "--compile"} <= set(flags) and len(flags) == 20
+    assert {"--init", "--lr", "--json", "--r-p", "--compile"} <= set(flags) and len(flags) == 22
     assert " ".join(done.stdout.split()).count("(default: ") == len(flags)
 
 

@@ -3,6 +3,7 @@ Fine-tune a GPT with each method in turn and print loss, speed and the spectrum 
 
     python train_gpt.py                                    the shipped base on Shakespeare, 3 minutes on two cores
     python train_gpt.py --methods lora,sora --seeds 3      mean ± standard deviation over three seeds
+    python train_gpt.py --init gpt2                        OpenAI's weights, downloaded once; meant for a GPU
     python train_gpt.py --init scratch --methods full --data data/austen.txt      pre-train a base
 
 All methods start from the same base, see the same batches and are measured on the same validation windows. Times are
@@ -17,6 +18,8 @@ import shutil
 import statistics
 import sys
 import time
+from contextlib import contextmanager
+from functools import partial
 
 import tiktoken
 import torch
@@ -29,10 +32,12 @@ import sora
 HERE = os.path.dirname(os.path.abspath(__file__))
 VOCABULARY = "cd379c37f6fc73a34f0572770d490c90ada3ec8b7a3d3e11b1df9fe2b9d1e2fd"  # sha256 of data/gpt2-2048.tiktoken
 METHODS = ["full", *sora.METHODS, "frozen"]
-RATES = dict.fromkeys(METHODS, 1e-2) | {"full": 2e-3, "frozen": 2e-3}
+GPU = torch.accelerator.is_available()
+GPT2 = {"block_size": 1024, "batch_size": 16 if GPU else 1, "steps": 200, "compile": torch.cuda.is_available(),
+        "lr": "2e-4,full=3e-5"}  # defaults with --init gpt2; the rates of LoRA's authors and of nanoGPT for GPT-2
 WARM_UP, TIMED = 2, 15  # rounds of the speed measurement: not counted, counted
 WINDOWS = 512  # at most so many validation windows
-POINTS, FLOOR = 32, 1e-4  # a spectrum: σ over the largest σ, resampled to POINTS and cut off at FLOOR
+POINTS, FLOOR = 16, 1e-4  # a spectrum: σ over the largest σ, resampled to POINTS and cut off at FLOOR
 LIVE, WIDTH = sys.stdout.isatty(), shutil.get_terminal_size(fallback=(120, 24)).columns
 
 
@@ -41,14 +46,30 @@ LIVE, WIDTH = sys.stdout.isatty(), shutil.get_terminal_size(fallback=(120, 24)).
 
 
 def fail(message):
-    print(f"train_gpt.py: {message}", file=sys.stderr)
+    print(f"train_gpt.py: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def count(text):
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+@contextmanager
+def blame(flag):
+    """Turn an error into one line about this flag, and exit code 2."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, TypeError, AssertionError) as error:
+        fail(f"{flag}: {error}")
+
+
+def number(text, kind=float):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number above 0")
+    return value
+
+
+count = partial(number, kind=int)
 
 
 def methods(text):
@@ -59,15 +80,21 @@ def methods(text):
 
 
 def rates(text):
-    pairs = [part.rpartition("=") for part in text.split(",")]  # (a method or nothing, =, rate)
-    return RATES | {method: float(rate) for name, _, rate in pairs for method in (methods(name) if name else METHODS)}
+    """{method: rate} of "1e-2,full=2e-3": the rate of a part without a name is for all methods."""
+    parts = sorted((part.rpartition("=") for part in text.split(",")), key=lambda part: part[0] != "")
+    return {method: number(rate) for name, _, rate in parts for method in (methods(name) if name else METHODS)}
 
 
 def arguments():
+    changed = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in GPT2.items())
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                epilog=f"With --init gpt2 or its like the defaults are: {changed}",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.error, add = lambda message: fail(f"{message} (--help lists all flags)"), p.add_argument
-    add("--init", default=os.path.relpath(f"{HERE}/data/base.pt"), help="checkpoint, or 'scratch' for random weights")
+    add = p.add_argument
+    add("--init", default=os.path.relpath(f"{HERE}/data/base.pt"),
+        help=f"a checkpoint, one of {','.join(sora.GPT2)}, or 'scratch'")
+    add("--random-weights", action="store_true", help="gpt2's shape without its weights, to measure speed")
+    add("--no-check", action="store_true", help="load gpt2's file without comparing its sha256")
     add("--n-layer", type=count, default=6, help="layers, with --init scratch")
     add("--n-head", type=count, default=4, help="heads, with --init scratch")
     add("--n-embd", type=count, default=128, help="width, with --init scratch")
@@ -77,69 +104,73 @@ def arguments():
     add("--steps", type=count, default=120, help="optimiser steps per method")
     add("--batch-size", type=count, default=16, help="sequences per step")
     add("--block-size", type=count, default=128, help="tokens per sequence")
-    add("--lr", type=rates, default=",".join(f"{m}={rate:g}" for m, rate in RATES.items()),
-        help="peak learning rate: one value, or per method as sora=1e-2,lora=5e-3")
+    add("--lr", type=rates, default="1e-2,full=2e-3,frozen=2e-3", help="peak learning rate, for all or by method")
     add("--r", type=count, default=16, help="rank of the low-rank pair")
-    add("--alpha", type=float, default=32.0, help="the pair is scaled by alpha / r")
+    add("--alpha", type=number, default=32.0, help="the pair is scaled by alpha / r")
     add("--r-p", type=count, default=4, help="rank of the pair that spans SORA's rotation")
     add("--seeds", type=count, default=1, help="runs per method: more than one gives mean ± standard deviation")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of the matrix products: auto is bfloat16 on CUDA, else float32")
-    add("--compile", action="store_true", default=False, help="torch.compile the models")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the models")
     add("--save", metavar="DIR", default=None, help="for the trained adapters (of full and frozen, the whole model)")
     add("--json", metavar="FILE", default=None, help="for all rows and settings")
     add("--sample", type=count, metavar="N", default=None, help="tokens of text by the base and by each tuned model")
+    p.error = lambda message: fail(f"{message} (--help lists all flags)")
+    if p.parse_known_args()[0].init in sora.GPT2:
+        p.set_defaults(**GPT2)
     args = p.parse_args()
-    try:
+    args.lr = rates(p.get_default("lr")) | args.lr
+    with blame(f"--device {args.device}"):
         automatic = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         args.device = torch.device(automatic if args.device == "auto" else args.device)
         torch.zeros(1, device=args.device)
+    with blame(f"--save {args.save}, --json {args.json}"):
         for folder in (args.save, os.path.dirname(args.json or "")):
             os.makedirs(folder or ".", exist_ok=True)
         if os.path.isdir(args.json or ""):
-            raise IsADirectoryError(f"{args.json} is a folder")
-    except (RuntimeError, AssertionError, OSError) as error:
-        fail(f"--device {args.device}, --save {args.save}, --json {args.json}: {str(error).splitlines()[0]}")
+            raise ValueError(f"{args.json} is a folder")
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device.type == "cuda" else "float32"
     return args
 
 
-def load_data(args):
-    """The tokens to train on, windows (N, T + 1) to validate on, and the vocabulary."""
+def load_base(args):
+    """The base, its vocabulary, and what is special about them."""
+    with blame(f"--init {args.init}"):
+        torch.manual_seed(0)
+        if args.random_weights and args.init not in sora.GPT2:
+            raise ValueError(f"--random-weights is for {', '.join(sora.GPT2)}")
+        if args.random_weights:
+            base = sora.GPT(sora.GPTConfig(1024, 50257, *sora.GPT2[args.init][:3]))
+        elif args.init == "scratch":
+            base = sora.GPT(sora.GPTConfig(args.block_size, 2048, args.n_layer, args.n_head, args.n_embd))
+        else:
+            base = sora.GPT.from_pretrained(args.init, check=not args.no_check)
     ranks = load_tiktoken_bpe(f"{HERE}/data/gpt2-2048.tiktoken", VOCABULARY)
     vocabulary = tiktoken.Encoding("gpt2-2048", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
-    try:
-        with open(args.data, encoding="utf-8") as file:
-            tokens = vocabulary.encode_to_numpy(file.read()).astype("int64")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"--data {args.data} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}")
+    note = ", random weights (only speed means something)" * args.random_weights
+    if base.config.vocab_size >= 50257:
+        try:
+            vocabulary = tiktoken.get_encoding("gpt2")
+        except OSError:
+            note += ", text cut by the first 2,048 tokens of its vocabulary (offline): losses are higher than they are"
+    if base.config.vocab_size < vocabulary.n_vocab or base.config.block_size < args.block_size:
+        fail(f"--init {args.init} does not fit: its vocabulary has {base.config.vocab_size} tokens and its context "
+             f"{base.config.block_size}, the data has {vocabulary.n_vocab} and --block-size asks for {args.block_size}")
+    return base.to(args.device), vocabulary, note
+
+
+def load_data(args, vocabulary):
+    """The tokens to train on, and windows (N, T + 1) to validate on."""
+    with blame(f"--data {args.data}"), open(args.data, encoding="utf-8") as file:
+        tokens = torch.from_numpy(vocabulary.encode_to_numpy(file.read(), disallowed_special=()).astype("int64"))
     if len(tokens) < 10 * (args.block_size + 1):
         fail(f"--data {args.data} is too short: it has {len(tokens)} tokens, --block-size {args.block_size} needs "
              f"{10 * (args.block_size + 1)}")
-    tokens = torch.from_numpy(tokens).to(args.device)
-    data, held_out = tokens[:len(tokens) * 9 // 10], tokens[len(tokens) * 9 // 10:]
+    data, held_out = tokens.to(args.device).tensor_split([len(tokens) * 9 // 10])
     windows = held_out.unfold(0, args.block_size + 1, args.block_size)  # (N, T + 1), each token predicted once
-    return data, windows[torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).long()], vocabulary
-
-
-def load_base(args, vocabulary):
-    try:
-        if args.init == "scratch":
-            torch.manual_seed(0)
-            shape = args.block_size, vocabulary.n_vocab, args.n_layer, args.n_head, args.n_embd
-            base = sora.GPT(sora.GPTConfig(*shape))
-        else:
-            base = sora.GPT.from_pretrained(args.init)
-    except (OSError, ValueError, RuntimeError) as error:
-        fail(f"--init {args.init} cannot be used: {getattr(error, 'strerror', None) or ' '.join(str(error).split())}")
-    except Exception:  # torch.load has many ways to say so
-        fail(f"--init {args.init} cannot be used: it is no checkpoint")
-    if base.config.vocab_size != vocabulary.n_vocab or base.config.block_size < args.block_size:
-        fail(f"--init {args.init} does not fit: its vocabulary has {base.config.vocab_size} tokens and its context "
-             f"{base.config.block_size}, the data has {vocabulary.n_vocab} and --block-size asks for {args.block_size}")
-    return base.to(args.device)
+    return data, windows[torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).long()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +181,7 @@ class Run:
     """A copy of the base made ready for one method, with its optimiser."""
 
     def __init__(self, base, method, seed, args):
-        self.method, self.args, self.model = method, args, copy.deepcopy(base)
+        self.args, self.model = args, copy.deepcopy(base)
         if method in sora.METHODS:
             torch.manual_seed(seed)
             sora.adapt(self.model, method, args.r, args.alpha, args.r_p)
@@ -201,22 +232,23 @@ def batches(data, seed, args):
 
 
 def measure_speed(runs, data, args):
-    """For each method the median time of a training step, the methods taking turns."""
-    times, tokens = {run.method: [] for run in runs}, args.batch_size * args.block_size
+    """For each method the median time of a training step, the methods taking turns, three rounds or a minute."""
+    times, batch, begun = {method: [] for method in runs}, next(batches(data, 0, args)), time.perf_counter()
     wait = torch.accelerator.synchronize if args.device.type != "cpu" else lambda: None
-    batch = next(batches(data, 0, args))
     for i in range(WARM_UP + TIMED):
+        if i >= WARM_UP + 3 and time.perf_counter() - begun > 60:
+            break
         if LIVE or i == 0:
             say(f"measuring speed: {WARM_UP + TIMED - i} rounds, one step of each method in turn", live=True)
-        for run in runs:
+        for method, run in runs.items():
             wait()
             start = time.perf_counter()
             run.step(batch, 0.0)
             wait()
-            times[run.method].append(time.perf_counter() - start)
-    medians = {method: statistics.median(seconds[WARM_UP:]) for method, seconds in times.items()}
-    return {method: {"ms": 1e3 * median, "speed": tokens / median, "relative": median / medians.get("frozen", math.nan)}
-            for method, median in medians.items()}
+            times[method].append(time.perf_counter() - start)
+    medians, tokens = {m: statistics.median(t[WARM_UP:]) for m, t in times.items()}, args.batch_size * args.block_size
+    return {m: {"ms": 1e3 * median, "speed": tokens / median, "relative": median / medians.get("frozen", math.nan)}
+            for m, median in medians.items()}
 
 
 def spectrum(base, model):
@@ -251,17 +283,20 @@ def train(base, method, seed, data, windows, args):
             say(f"{name}  step {i:>5} of {n}  loss {loss.item():.3f}  {left // 60}:{left % 60:02} left", live=True)
     if args.device.type == "cuda":
         result["memory"] = torch.cuda.max_memory_allocated() / 2**20
-    result["loss"] = evaluate(run.model, windows, args)
+    result["loss"], note = evaluate(run.model, windows, args), ""
     if not math.isfinite(result["loss"]):
-        return result | {"note": f", diverged: choose a lower rate than --lr {method}={args.lr[method]:g}"}
-    result |= spectrum(base, run.model) | {"note": ""}
-    if args.save:
-        path = os.path.join(args.save, f"{method}-{seed}.pt" if args.seeds > 1 else f"{method}.pt")
-        sora.save(sora.adapter_state_dict(run.model) if method in sora.METHODS else run.model.checkpoint(), path)
-        result["note"] = f", saved as {path}"
-    result["merged"] = evaluate(sora.merge(run.model), windows, args)
-    if args.sample:
-        result["text"] = sample(run.model, windows, args)
+        note = f", diverged: choose a lower rate than --lr {method}={args.lr[method]:g}"
+    else:
+        result |= spectrum(base, run.model)
+        if args.save:
+            path = os.path.join(args.save, f"{method}-{seed}.pt" if args.seeds > 1 else f"{method}.pt")
+            sora.save(sora.adapter_state_dict(run.model) if method in sora.METHODS else run.model.checkpoint(), path)
+            note = f", saved as {path}"
+        result["merged"] = evaluate(sora.merge(run.model), windows, args)
+        if args.sample:
+            result["text"] = sample(run.model, windows, args)
+    say(f"{name}  validation loss {result['start']:.4f} -> {result['loss']:.4f}, merged "
+        f"{result.get('merged', math.nan):.4f}{note}")
     return result
 
 
@@ -282,95 +317,92 @@ def say(text="", live=False):
     print(text, end="" if LIVE and live else "\n", flush=True)
 
 
-def sparkline(log, n=POINTS // 2):
-    """n bars for values of log10 from log10(FLOOR), drawn as a blank, to 0."""
-    heights = 1 - F.adaptive_avg_pool1d(torch.tensor([log]), n)[0] / math.log10(FLOOR)
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * h))] if h > 0.01 else " " for h in heights.tolist())
+def mean(rows, key, form):
+    values = [row.get(key, math.nan) for row in rows]
+    if math.isnan(sum(values)):
+        return "-"
+    spread = f" ± {statistics.stdev(values):{form}}" if key == "loss" and len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{spread}"
 
 
-def print_table(rows):
+def sparkline(rows):
+    """A bar for each point of the mean spectrum: log σ, from log FLOOR, drawn as a blank, to the largest."""
+    means = map(statistics.fmean, zip(*(row.get("spectrum", []) for row in rows)))
+    return "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * (1 - log / math.log10(FLOOR)) - 0.1)] for log in means if log == log)
+
+
+COLUMNS = {"trainable": ("trainable", ",.0f"), "%": ("share", ".2f"), "val loss": ("loss", ".3f"),
+           "merged": ("merged", ".3f"), "ms/step": ("ms", ".1f"), "× frozen": ("relative", ".2f"),
+           "tok/s": ("speed", ",.0f"), "peak MB": ("memory", ",.0f"), "‖dW‖/‖W0‖": ("change", ".3f"),
+           "H(σ²)": ("entropy2", ".3f"), "H(σ)": ("entropy1", ".3f")}
+
+
+def print_table(results):
     """Aligned columns of means over the seeds; what does not fit the terminal follows below, beside the names again."""
-
-    def mean(key, form):
-        def cell(results):
-            values = [result.get(key, math.nan) for result in results]
-            if math.isnan(sum(values)):
-                return "-"
-            spread = f" ± {statistics.stdev(values):{form}}" if key == "loss" and len(values) > 1 else ""
-            return f"{statistics.fmean(values):{form}}{spread}"
-        return cell
-
-    columns = {"method": lambda results: results[0]["method"], "trainable": mean("trainable", ",.0f"),
-               "%": mean("share", ".2f"), "val loss": mean("loss", ".3f"), "merged": mean("merged", ".3f"),
-               "ms/step": mean("ms", ".1f"), "× frozen": mean("relative", ".2f"), "tok/s": mean("speed", ",.0f"),
-               "peak MB": mean("memory", ",.0f"), "‖dW‖/‖W0‖": mean("change", ".3f"), "H(σ²)": mean("entropy2", ".3f"),
-               "H(σ)": mean("entropy1", ".3f"), "spectrum": lambda results:
-               sparkline([*map(statistics.fmean, zip(*(result.get("spectrum", [math.nan]) for result in results)))])}
+    columns = [["method", *results], *([title, *(mean(rows, *form) for rows in results.values())]
+               for title, form in COLUMNS.items()), ["spectrum", *map(sparkline, results.values())]]
     blocks = [[]]
-    for title, cell in columns.items():
-        cells = [title, *map(cell, rows)]
-        wide = max(map(len, cells))
-        cells = [f"{text:<{wide}}" if title in ("method", "spectrum") else f"{text:>{wide}}" for text in cells]
-        if sum(len(column[0]) + 2 for column in blocks[-1]) + wide > WIDTH:
+    for column in columns:
+        wide = max(map(len, column))
+        cells = [f"{cell:<{wide}}" if column[0] in ("method", "spectrum") else f"{cell:>{wide}}" for cell in column]
+        if sum(len(other[0]) + 2 for other in blocks[-1]) + wide > WIDTH:
             blocks.append([blocks[0][0]])
-        if any(text.strip() not in "-" for text in cells[1:]):
+        if any(cell.strip("- ") for cell in cells[1:]):
             blocks[-1].append(cells)
     for block in blocks:
         say("\n" + "\n".join("  ".join(line).rstrip() for line in zip(*block)))
 
 
 LEGEND = f"""
-val loss in nats per token, merged: as plain nn.Linear layers. ms/step: median of {TIMED} steps, methods taking turns.
+val loss in nats per token, merged: as plain layers. ms/step: median of at most {TIMED} steps, methods taking turns.
 H(σ²), H(σ): entropy of the singular values of dW = W' - W0 over ln min(out, in), of p = σ²/Σσ² and p = σ/Σσ; 1 is
 uniform. H(σ²) shows how many directions carry the energy and hardly sees a long flat tail; H(σ) counts the tail in
 full, so a small diagonal on a low-rank update raises it much. spectrum: log σ, blank below {FLOOR:g} of the largest."""
 
 
+def write_json(args, results):
+    settings = vars(args) | {"device": str(args.device), "torch": torch.__version__}
+    report = json.loads(json.dumps({"settings": settings, "results": results}), parse_constant=lambda _: None)
+    with open(f"{args.json}.tmp", "w") as file:
+        json.dump(report, file, indent=1)  # without NaN, which is no JSON
+    os.replace(f"{args.json}.tmp", args.json)
+
+
 def main():
     sys.stdout.reconfigure(errors="replace")  # where the encoding has no ‖ or no bars, the run should not end for that
     args = arguments()
-    data, windows, vocabulary = load_data(args)
-    base = load_base(args, vocabulary)
-    try:
-        runs = [Run(base, method, 0, args) for method in args.methods]
-    except ValueError as error:
-        fail(f"--r {args.r}: {error}")
-    cuda = args.device.type == "cuda"
-    device = torch.cuda.get_device_name() if cuda else f"{args.device}, {torch.get_num_threads()} threads"
-    base_row = {"method": "(base)", "trainable": 0, "share": 0.0, "loss": evaluate(base, windows, args)}
-    say(f"device    {device}, torch {torch.__version__}, {args.dtype}" + ", compiled" * args.compile)
-    say(f"base      {args.init}: {', '.join(f'{key} {value}' for key, value in vars(base.config).items())}")
+    base, vocabulary, note = load_base(args)
+    data, windows = load_data(args, vocabulary)
+    with blame(f"--r {args.r}"):
+        runs = {method: Run(base, method, 0, args) for method in args.methods}
+    label, loss = "(random)" if args.random_weights else "(base)", evaluate(base, windows, args)
+    device = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    say(f"device    {args.device}, {device}, torch {torch.__version__}, {args.dtype}" + ", compiled" * args.compile)
+    say(f"base      {args.init}: {', '.join(f'{key} {value}' for key, value in vars(base.config).items())}{note}")
     say(f"data      {args.data}: {len(data):,} training tokens, {len(windows)} validation windows of {args.block_size}")
     say(f"training  {args.steps} steps of {args.batch_size} x {args.block_size} tokens, {args.seeds} seed(s), AdamW at "
         + ", ".join(f"{method} {args.lr[method]:g}" for method in args.methods))
-    say(f"start     validation loss {base_row['loss']:.4f}, the base's: every adapter starts as the identity\n")
-    results = {"(base)": [base_row]}
+    say(f"start     validation loss {loss:.4f}, the base's: every adapter starts as the identity\n")
+    results = {label: [{"trainable": 0, "share": 0.0, "loss": loss}]}
     try:
         speed = measure_speed(runs, data, args)
         runs.clear()
         minutes = sum(speed[method]["ms"] for method in args.methods) * args.steps * args.seeds / 6e4
         say(f"training takes about {minutes:.1f} minutes")
         if args.sample:
-            base_row["text"] = sample(base, windows, args)
+            results[label][0]["text"] = sample(base, windows, args)
         for method in args.methods:
             for seed in range(args.seeds):
-                result = train(base, method, seed, data, windows, args) | speed[method]
-                results[method] = results.get(method, []) + [result]
-                say(f"{method:8} seed {seed}  validation loss {result['start']:.4f} -> {result['loss']:.4f}, "
-                    f"merged {result.get('merged', math.nan):.4f}{result['note']}")
+                results.setdefault(method, []).append(train(base, method, seed, data, windows, args) | speed[method])
     except KeyboardInterrupt:
         say("interrupted: the table shows what has finished")
     if args.json:
-        settings = vars(args) | {"device": device, "torch": torch.__version__}
-        report = json.dumps({"settings": settings, "results": results})
-        with open(f"{args.json}.tmp", "w") as file:
-            json.dump(json.loads(report, parse_constant=lambda _: None), file, indent=1)  # JSON has no NaN
-        os.replace(f"{args.json}.tmp", args.json)
-    print_table(list(results.values()))
+        write_json(args, results)
+    print_table({method: rows for method, rows in results.items() if rows})
     say(LEGEND)
-    for method, (result, *_) in results.items():
-        if "text" in result:
-            say(f"\n--- {method}\n{vocabulary.decode(result['text'])}")
+    for method, rows in results.items():
+        if rows and "text" in rows[0]:
+            say(f"\n--- {method}\n{vocabulary.decode(rows[0]['text'])}")
     if sum(map(len, results.values())) <= len(args.methods) * args.seeds:
         sys.exit(130)
 
