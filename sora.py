@@ -265,24 +265,22 @@ class OneProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, W0, bias, d, B, A):
-        return F.linear(x, _weight(W0, d, B, A), bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, y):
-        ctx.save_for_backward(*inputs, None if inputs[3] is None else y)
+    def forward(ctx, x, W0, bias, d, B, A):
+        y = F.linear(x, _weight(W0, d, B, A), bias)
+        ctx.save_for_backward(x, W0, bias, d, B, A, None if d is None else y)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
         x, W0, bias, d, B, A, y = ctx.saved_tensors
         dx = dy @ _weight(W0, d, B, A) if ctx.needs_input_grad[0] else None
         dy, x = dy.flatten(0, -2), x.flatten(0, -2)  # (N, out), (N, in)
-        dB, dA = dy.T @ (x @ A.T), (dy @ B).T @ x  # (out, k), (k, in)
-        db = None if bias is None else dy.sum(0)  # (out,)
-        dd = None
+        dB, dA, db, dd = dy.T @ (x @ A.T.contiguous()), (dy @ B).T @ x, None, None  # (out, k), (k, in)
+        if bias is not None and (d is not None or bias.requires_grad):
+            db = dy.sum(0)  # (out,)
         if d is not None:
-            dot = (dy * y.flatten(0, -2)).sum(0) - (0 if bias is None else bias * db)  # (out,)
-            dd = (dot - (B * dB).sum(1)) / torch.where(d.abs() < 1e-6, 1e-6, d)
+            dd = (dy * y.flatten(0, -2)).sum(0) - (B * dB).sum(1) - (0 if bias is None else bias * db)  # (out,)
+            dd = dd / d.where(d.abs() > 1e-6, 1e-6)
         return dx, None, db, dd, dB, dA
 
 

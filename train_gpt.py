@@ -31,7 +31,7 @@ import sora
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 VOCABULARY = "cd379c37f6fc73a34f0572770d490c90ada3ec8b7a3d3e11b1df9fe2b9d1e2fd"  # sha256 of data/gpt2-2048.tiktoken
-METHODS = ["full", *sora.METHODS, "frozen"]
+METHODS = ["full", *sora.METHODS, "frozen", "peft-lora", "peft-dora"]
 GPU = torch.accelerator.is_available()
 GPT2 = {"block_size": 1024, "batch_size": 16 if GPU else 1, "steps": 200, "compile": torch.cuda.is_available(),
         "lr": "2e-4,full=3e-5"}  # defaults with --init gpt2; the rates of LoRA's authors and of nanoGPT for GPT-2
@@ -100,7 +100,7 @@ def arguments():
     add("--n-embd", type=count, default=128, help="width, with --init scratch")
     add("--data", default=os.path.relpath(f"{HERE}/data/shakespeare.txt"), help="text; its last tenth validates")
     add("--methods", type=methods, default="full,lora,dora,prediag,sora",
-        help=f"of {','.join(METHODS)}: full trains every parameter, frozen only the positional embedding")
+        help=f"of {','.join(METHODS)}: full trains every parameter, frozen only the positional embedding, peft-* by peft")
     add("--steps", type=count, default=120, help="optimiser steps per method")
     add("--batch-size", type=count, default=16, help="sequences per step")
     add("--block-size", type=count, default=128, help="tokens per sequence")
@@ -185,6 +185,13 @@ class Run:
         if method in sora.METHODS:
             torch.manual_seed(seed)
             sora.adapt(self.model, method, args.r, args.alpha, args.r_p)
+        elif method.startswith("peft-"):
+            import peft  # the same layers and starting values, as that library does it
+
+            config = peft.LoraConfig(r=args.r, lora_alpha=args.alpha, use_dora=method == "peft-dora",
+                                     target_modules=["c_attn", "c_proj", "c_fc"])
+            torch.manual_seed(seed)
+            self.model = peft.inject_adapter_in_model(config, self.model)
         elif method == "frozen":
             self.model.requires_grad_(False).transformer.wpe.requires_grad_(True)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
