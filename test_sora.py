@@ -992,6 +992,21 @@ def test_train_gpt_with_gpt2_offline(tmp_path):
     assert "vocab_size 50257" in done.stdout and "first 2,048 tokens" in done.stdout and "\nsora " in done.stdout
 
 
+def test_train_gpt_compares_with_peft(tmp_path):
+    if not train_gpt.find_spec("peft"):
+        done = run("--methods", "peft-lora")
+        assert done.returncode == 2 and "needs the package peft: pip install peft" in done.stderr
+        return
+    names = ["lora", "dora", "peft-lora", "peft-dora"]
+    done = run("--methods", ",".join(names), "--json", tmp_path / "all.json")
+    assert done.returncode == 0, done.stderr
+    rows = {name: rows[0] for name, rows in json.loads((tmp_path / "all.json").read_text())["results"].items()}
+    for mine, theirs in zip(names[:2], names[2:]):
+        assert rows[mine]["trainable"] == rows[theirs]["trainable"]
+        assert rows[mine]["start"] == pytest.approx(rows[theirs]["start"], abs=1e-4)
+        assert rows[theirs]["loss"] < rows[theirs]["start"] and rows[theirs]["ms"] > 0
+
+
 def test_gpt2_changes_the_defaults(monkeypatch):
     for flags, expected in [([], (120, 128, 1e-2, 2e-3)), (["--init", "gpt2-xl"], (200, 1024, 2e-4, 3e-5)),
                             (["--init", "gpt2", "--steps", "7", "--lr", "full=1"], (7, 1024, 2e-4, 1))]:

@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 
 import tiktoken
 import torch
@@ -76,6 +77,8 @@ def methods(text):
     names = text.split(",")
     if unknown := [name for name in names if name not in METHODS]:
         raise argparse.ArgumentTypeError(f"unknown method {unknown[0]!r}: choose from {','.join(METHODS)}")
+    if any(name.startswith("peft") for name in names) and not find_spec("peft"):
+        raise argparse.ArgumentTypeError(f"{text!r} needs the package peft: pip install peft")
     return list(dict.fromkeys(names))
 
 
@@ -100,7 +103,7 @@ def arguments():
     add("--n-embd", type=count, default=128, help="width, with --init scratch")
     add("--data", default=os.path.relpath(f"{HERE}/data/shakespeare.txt"), help="text; its last tenth validates")
     add("--methods", type=methods, default="full,lora,dora,prediag,sora",
-        help=f"of {','.join(METHODS)}: full trains every parameter, frozen only the positional embedding, peft-* by peft")
+        help=f"of {','.join(METHODS)}: full trains every parameter, frozen only the positional embedding")
     add("--steps", type=count, default=120, help="optimiser steps per method")
     add("--batch-size", type=count, default=16, help="sequences per step")
     add("--block-size", type=count, default=128, help="tokens per sequence")
@@ -185,13 +188,12 @@ class Run:
         if method in sora.METHODS:
             torch.manual_seed(seed)
             sora.adapt(self.model, method, args.r, args.alpha, args.r_p)
-        elif method.startswith("peft-"):
-            import peft  # the same layers and starting values, as that library does it
+        elif method.startswith("peft-"):  # as that library does it, on the same layers
+            from peft import LoraConfig, inject_adapter_in_model
 
-            config = peft.LoraConfig(r=args.r, lora_alpha=args.alpha, use_dora=method == "peft-dora",
-                                     target_modules=["c_attn", "c_proj", "c_fc"])
             torch.manual_seed(seed)
-            self.model = peft.inject_adapter_in_model(config, self.model)
+            inject_adapter_in_model(LoraConfig(r=args.r, lora_alpha=args.alpha, use_dora=method == "peft-dora",
+                                               target_modules=["c_attn", "c_proj", "c_fc"]), self.model)
         elif method == "frozen":
             self.model.requires_grad_(False).transformer.wpe.requires_grad_(True)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -293,7 +295,7 @@ def train(base, method, seed, data, windows, args):
     result["loss"], note = evaluate(run.model, windows, args), ""
     if not math.isfinite(result["loss"]):
         note = f", diverged: choose a lower rate than --lr {method}={args.lr[method]:g}"
-    else:
+    elif not method.startswith("peft-"):  # of which only loss and speed are shown
         result |= spectrum(base, run.model)
         if args.save:
             path = os.path.join(args.save, f"{method}-{seed}.pt" if args.seeds > 1 else f"{method}.pt")
