@@ -13,7 +13,7 @@ it: is it placed before or after the low-rank update B A is added, and what kind
     SORA       R (diag(d) W0 + sBA), RᵀR = I                before: diagonal, after: rotation  A B d C E
 
 where s = alpha / r is a number and ‖·‖row takes the norm of each row. The whole file rests on one identity: each of the
-four is a diagonal times W0, plus a low-rank product, say with d⁺ (out,), B⁺ (out, k) and A⁺ (k, in),
+four is a diagonal times W0 plus a low-rank product, of what we call its factors d⁺ (out,), B⁺ (out, k), A⁺ (k, in):
 
     W' = diag(d⁺) W0 + B⁺ A⁺      so that      y = W'x + b = d⁺ ⊙ (W0 x) + B⁺ (A⁺ x) + b
 
@@ -29,7 +29,6 @@ Glossary
     d               d (out,): the diagonal that calibrates W0                     lora_Diag
     C, E, r_p       C, E (out, r_p): the pair that spans the rotation             lora_C, lora_D
     U, V, K         S = U Vᵀ is skew, R = I + K Vᵀ the rotation made of it        -
-    factors()       (d⁺, B⁺, A⁺)                                                  -
 
 Use
     from sora import adapt, adapter_state_dict, load_adapter, merge
@@ -76,8 +75,8 @@ class DiagonalPlusLowRank(nn.Module):
 
     x (..., in) -> y (..., out), in the dtype that nn.Linear gives. The adapter is float32 on a float32, bfloat16 or
     float16 base, also under autocast and after `.to(bfloat16)`, and float64 on a float64 base; products with W0 are in
-    W0's dtype. The bias is never conditioned. Raises ValueError for a rank out of range, TypeError for anything but a
-    plain floating-point nn.Linear.
+    W0's dtype. The bias is never conditioned. Raises ValueError for a rank out of range, TypeError for any other layer,
+    quantised ones included.
     """
 
     def __init__(self, linear: nn.Linear, r: int = 16, alpha: float = 32, r_p: int = 4, exact: bool = True):
@@ -99,11 +98,11 @@ class DiagonalPlusLowRank(nn.Module):
         return None, self.s * self.B, self.A
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        narrow = x.dtype != self.A.dtype or torch.is_autocast_enabled(x.device.type)
+        wide = x.dtype == self.weight.dtype == self.A.dtype and not torch.is_autocast_enabled(x.device.type)
         with torch.autocast(x.device.type, enabled=False):  # the norms and the rotation need the digits
             d, B, A = self.factors()
-        if x.numel() >= MANY * self.in_features and not (narrow or self.weight.requires_grad):
-            return OneProduct.apply(x, self.weight, self.bias, d, B, A)  # what follows, in a cheaper way
+        if wide and x.numel() >= MANY * self.in_features and not self.weight.requires_grad:
+            return OneProduct.apply(x, self.weight, self.bias, d, B, A)  # the same as below, at a lower price
         low = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype), self.bias)  # (..., out)
         y = F.linear(x, self.weight)  # (..., out)
         return low + y if d is None else (y * d).add_(low).to(y.dtype)  # d stays wide: in bfloat16 1.001 would be 1
@@ -118,8 +117,7 @@ class DiagonalPlusLowRank(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """W' (out, in), in W0's dtype; bit for bit W0 as long as nothing has been trained."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            return _weight(self.weight, *self.factors()).to(self.weight.dtype)
+        return (self.weight + self.delta()).to(self.weight.dtype)
 
     def _apply(self, fn, recurse=True):
         """What `.to()` runs. `.to(bfloat16)` casts W0 and b alone: with 8 bits of mantissa training would stall."""
@@ -204,8 +202,7 @@ class SORALinear(PreDiagLinear):
     E   (out, r_p)        a copy of C: R = I, yet neither has a gradient of zero    trained
     Parameters: r (in + out) + out + 2 r_p out. R = I + K Vᵀ (see `rotation`), so that
         W' = diag(d) W0 + [sB, K] [A ; Vᵀ (diag(d) W0 + sBA)]
-    is a diagonal times W0 plus a low-rank product again. A token costs what it costs Pre-Diag at rank r + 2 r_p; K and
-    Vᵀ W0 come once per forward pass, whatever the number of tokens.
+    is of the same form again. A token costs what it costs Pre-Diag at rank r + 2 r_p; K and Vᵀ W0 come once per pass.
 
     Where we differ from the authors' layer, on purpose:
     - theirs is R = I + S, only first-order orthogonal: RᵀR = I − S², so norms can only grow (exact=False gives it);
@@ -231,14 +228,14 @@ class SORALinear(PreDiagLinear):
 def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """(K, V), both (out, 2 r_p), of the rotation R = I + K Vᵀ that the pair C, E (out, r_p) spans.
 
-    S = t (E Cᵀ − C Eᵀ) is skew (Sᵀ = −S); t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)) tames it. With Z = E − C we have
+    S = t (E Cᵀ − C Eᵀ) is skew (Sᵀ = −S); t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)) slows its growth. With Z = E − C we have
     S = t (Z Cᵀ − C Zᵀ) too, since C Cᵀ cancels, and this form is exactly 0 at the start and loses no digits near it.
     Cayley's transform of S is orthogonal, as (I − S/2)ᵀ = I + S/2, and is a low-rank change of I, as S = U Vᵀ:
 
         R = (I − S/2)⁻¹ (I + S/2) = I + (I − S/2)⁻¹ S = I + U (I − VᵀU/2)⁻¹ Vᵀ      with U = t [Z, −C],  V = [C, Z]
 
-    (the last step is Woodbury's identity). So K = U (I − VᵀU/2)⁻¹ takes one 2r_p × 2r_p inverse, which exists since
-    det(I − VᵀU/2) = det(I − S/2) ≥ 1. exact=False is the authors' R = I + S, that is K = U.
+    (the last step is Woodbury's identity in its push-through form). So K = U (I − VᵀU/2)⁻¹ takes one 2r_p × 2r_p
+    inverse, which exists since det(I − VᵀU/2) = det(I − S/2) ≥ 1. exact=False is the authors' R = I + S, that is K = U.
     """
     wide = torch.float64 if C.device.type != "mps" else torch.float32  # a large C and E would cost R two of its digits
     t = 1 / (C.norm() + E.norm() + 1e-6).clamp(min=1)
@@ -258,36 +255,35 @@ class OneProduct(torch.autograd.Function):
     """The same y = W'x + b for many tokens: W' is built first, so that x meets one matrix and y is written once.
 
     The backward pass forms no gradient of W' (out, in). For N tokens, and with d, B, A standing for d⁺, B⁺, A⁺:
-        dx = dy W'      dB = dyᵀ (x Aᵀ)      dA = (dy B)ᵀ x      d ⊙ dd = colsum(dy ⊙ (y − b)) − rowsum(B ⊙ dB)
-    The last is Euler's identity, as row i of W' is linear in (d_i, B_i). It saves W0 x, but costs dd digits where d is
-    small: below 1e-6 it is noise. W' is built twice instead of kept. Not for bfloat16, which would round small updates
-    off W', where the plain form rounds y alone.
+        dx = dy W'      dB = dyᵀ (x Aᵀ)      dA = (dy B)ᵀ x      d ⊙ dd = colsum(dy ⊙ W'x) − rowsum(B ⊙ dB)
+    The last is Euler's identity, as row i of W' is linear in (d_i, B_i). It saves W0 x, but costs dd digits where
+    d W0 x is a small part of W'x, and leaves dd at 0 where |d| < 1e-6. W' is built twice instead of kept. Not for bfloat16,
+    which would round small updates off W', where the plain form rounds y alone.
     """
 
     @staticmethod
     def forward(ctx, x, W0, bias, d, B, A):
-        y = F.linear(x, _weight(W0, d, B, A), bias)
-        ctx.save_for_backward(x, W0, bias, d, B, A, None if d is None else y)
-        return y
+        W = _weight(W0, d, B, A)
+        Wx = None if d is None else F.linear(x, W)  # kept for dd, so y is a copy that may be changed in place
+        ctx.save_for_backward(x, W0, d, B, A, Wx)
+        return F.linear(x, W, bias) if d is None else Wx.clone() if bias is None else Wx + bias
 
     @staticmethod
     def backward(ctx, dy):
-        x, W0, bias, d, B, A, y = ctx.saved_tensors
+        x, W0, d, B, A, Wx = ctx.saved_tensors
         dx = dy @ _weight(W0, d, B, A) if ctx.needs_input_grad[0] else None
         dy, x = dy.flatten(0, -2), x.flatten(0, -2)  # (N, out), (N, in)
-        dB, dA, db, dd = dy.T @ (x @ A.T.contiguous()), (dy @ B).T @ x, None, None  # (out, k), (k, in)
-        if bias is not None and (d is not None or bias.requires_grad):
-            db = dy.sum(0)  # (out,)
-        if d is not None:
-            dd = (dy * y.flatten(0, -2)).sum(0) - (B * dB).sum(1) - (0 if bias is None else bias * db)  # (out,)
-            dd = dd / d.where(d.abs() > 1e-6, 1e-6)
-        return dx, None, db, dd, dB, dA
+        db = dy.sum(0) if ctx.needs_input_grad[2] else None  # (out,)
+        dB, dA = dy.T @ (x @ A.T.contiguous()), (dy @ B).T @ x  # (out, k), (k, in)
+        dot = None if d is None else (dy * Wx.flatten(0, -2)).sum(0) - (B * dB).sum(1)  # (out,): d ⊙ dd
+        return dx, None, db, None if d is None else dot / d.where(d.abs() > 1e-6, math.inf), dB, dA
 
 
 def _weight(W0, d, B, A):
-    return torch.addmm(W0.to(A.dtype) if d is None else d[:, None] * W0, B, A)  # (out, in), in the adapter's dtype
+    return torch.addmm(W0 if d is None else d[:, None] * W0, B, A)  # (out, in)
 
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 METHODS = {layer.method: layer for layer in (LoRALinear, DoRALinear, PreDiagLinear, SORALinear)}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,7 +361,7 @@ def _linear(module, r=1, r_p=1, name="the layer"):
     if _is_conv1d(module):  # x W + b, with W (in, out)
         linear = nn.Linear(*module.weight.shape, device="meta").train(module.training)
         linear.weight, linear.bias = _frozen(module.weight.T), module.bias
-    if type(linear) is not nn.Linear or not linear.weight.is_floating_point() or hooks:
+    if type(linear) is not nn.Linear or linear.weight.dtype not in FLOATS or hooks:
         raise TypeError(f"{name} is no plain floating-point nn.Linear without hooks but {linear}: choose other targets")
     if not 1 <= r <= min(linear.weight.shape):
         raise ValueError(f"r={r} is outside 1..{min(linear.weight.shape)} of {name} ({linear.in_features} -> "
@@ -402,7 +398,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
     Raises ValueError where there is no W0 to give back.
     """
-    layers, kept = _adapted(model), [m for m in model.modules() if hasattr(m, "W0")]
+    layers, kept = _adapted(model), [m for m in model.modules() if "W0" in m._buffers]
     if not layers and not kept:
         raise ValueError("the model holds no W0: unmerge one that is adapted, or merged by merge(model, keep=True)")
     for linear in kept:
@@ -416,14 +412,17 @@ OPTIONS = ("r", "alpha", "r_p", "exact")
 
 def adapter_state_dict(model: nn.Module) -> dict:
     """What was trained (copies, on the CPU) and what load_adapter needs: method, r, alpha, r_p, exact, the names of the
-    layers in targets, and a fingerprint of their W0. Raises ValueError for a model without adapters."""
+    layers in targets, and a fingerprint of their W0. Raises ValueError for no adapter or several kinds."""
     if not (layers := _adapted(model)):
         raise ValueError("the model has no adapter: adapt(model, ...) attaches one, merge(model) removes it")
     return _state(layers)
 
 
 def _state(layers):
-    return {key: getattr(next(iter(layers.values())), key) for key in ("method", *OPTIONS)} | {
+    kinds = {tuple(getattr(layer, key) for key in ("method", *OPTIONS)) for layer in layers.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"the layers are adapted in several ways, {kinds}: save the parts of the model one by one")
+    return dict(zip(("method", *OPTIONS), *kinds)) | {
         "targets": [*layers], "fingerprint": _fingerprint(layer.weight for layer in layers.values()),
         "trained": {name: p.detach().to("cpu", copy=True) for name, p in _trained(layers)}}
 
@@ -437,7 +436,8 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     """Put an adapter_state_dict on `model`, in place: on a plain base, which it adapts, or on a model adapted alike.
 
     Raises ValueError, before anything is changed, when `state` is not whole, a layer is missing, the model is adapted
-    in another way, or its W0 are not those the adapter was trained on (compared in bfloat16: the base may be cast).
+    in another way, or its W0 are not those the adapter was trained on (compared as bfloat16: the base may be cast to
+    it), and TypeError when a layer is no linear one.
     """
     if not {"method", *OPTIONS, "targets", "fingerprint", "trained"} <= state.keys():
         raise ValueError("this is no adapter_state_dict: save that of an adapted model")
@@ -579,8 +579,9 @@ class GPT(nn.Module):
         def chunk(x, targets):
             return F.cross_entropy(self.lm_head(x), targets, reduction="sum")
 
-        parts = zip(x.split(n), targets.split(n))
-        return sum(recompute(chunk, *part, use_reentrant=False, preserve_rng_state=False) for part in parts) / len(x)
+        parts = (recompute(chunk, *part, use_reentrant=False, preserve_rng_state=False)
+                 for part in zip(x.split(n), targets.split(n)))
+        return sum(parts) / (targets != -100).sum()  # as F.cross_entropy, which ignores -100
 
     @torch.no_grad()
     def generate(self, tokens: torch.Tensor, n: int, temperature: float = 1.0,
@@ -647,20 +648,20 @@ GPT2 = {  # n_layer, n_head, n_embd, the revision at huggingface.co/openai-commu
                 "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
 }
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out) in GPT-2
+CODES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
 MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which some files hold
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def _download(name, check):
     """The path of a model.safetensors of GPT-2, downloaded unless it is there, and the one that was released."""
     revision, sha256 = GPT2[name][3:]
-    path = Path(torch.hub.get_dir(), "checkpoints", f"{name}.safetensors")
+    path = Path(torch.hub.get_dir(), "checkpoints", name, "model.safetensors")
     url = f"https://huggingface.co/openai-community/{name}/resolve/{revision}/model.safetensors"
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, path, sha256 if check else None)  # moved there once it is whole
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise OSError(f"{name} cannot be downloaded ({error}): put {url} at {path}") from error
     if check and (found := hashlib.sha256(_mapped(path)).hexdigest()) != sha256:
         raise ValueError(f"{path} has sha256 {found}, not {name}'s {sha256}: delete it, or pass check=False")
@@ -680,7 +681,7 @@ def _read_safetensors(path):
         if name != "__metadata__":
             first, last = (start + offset for offset in entry["data_offsets"])
             raw = torch.frombuffer(data, dtype=torch.uint8)[first:last].clone()
-            tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+            tensors[name] = raw.view(CODES[entry["dtype"]]).view(entry["shape"])
     return tensors
 
 

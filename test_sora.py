@@ -202,8 +202,21 @@ def test_one_product_near_d_of_zero(method):
     with torch.no_grad():
         layer.d[:6] = torch.tensor([0, 1e-9, -1e-7, 1e-3, -1e-2, 0.1])
     one, plain = (run_in(layer, x, dy, many) for many in (1, 10**9))
-    assert one["d"].isfinite().all() and one["d"].abs().max() < 3 * plain["d"].abs().max()
+    assert one["d"].isfinite().all() and (method == "sora" or not one["d"][:3].any())
     torch.testing.assert_close(one["d"][3:], plain["d"][3:], rtol=1e-2, atol=1e-3 * plain["d"].abs().max().item())
+
+
+@ALL
+@FORMS
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_may_be_changed_in_place(method, bias, many, monkeypatch):
+    """As after nn.Linear: x = layer(x); x += residual."""
+    monkeypatch.setattr(sora, "MANY", many)
+    layer, x = trained(METHODS[method](linear(bias=bias), r=3)), torch.randn(4, 7, dtype=torch.float64, generator=rng())
+    weights = [p for p in layer.parameters() if p.requires_grad]
+    expected = torch.autograd.grad((layer(x) * 2 + 1).relu().square().sum(), weights)
+    for a, b in zip(torch.autograd.grad(layer(x).mul_(2).add_(1).relu_().square().sum(), weights), expected):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("train_weight", [True, False])
@@ -407,6 +420,13 @@ def test_errors_name_what_exists_and_change_nothing():
         adapt(model, "sora", r=2)
     with pytest.raises(ValueError, match="no adapter"):
         adapter_state_dict(tiny_gpt())
+    model = tiny_gpt()
+    adapt(model.transformer.h[0], "lora", r=2, alpha=8)
+    adapt(model.transformer.h[1], "lora", r=2, alpha=64)
+    with pytest.raises(ValueError, match="adapted in several ways"):
+        adapter_state_dict(model)
+    with pytest.raises(TypeError, match="0 is no plain"):
+        adapt(nn.Sequential(nn.Linear(4, 4).to(torch.float8_e4m3fn)), r=2)
 
 
 def test_a_shared_layer_stays_shared():
@@ -492,6 +512,7 @@ def test_train_save_load_merge_reload(method, tmp_path):
 
 def joined_gradients(rank, method, path):
     """What one of two processes does: half of the batch, under DistributedDataParallel."""
+    sora.MANY = 1 if method in ("lora", "sora") else 10**9  # some methods in one form, some in the other
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
     model = trained(adapt(tiny_gpt(), method, r=2, r_p=2), scale=0.1)
@@ -593,7 +614,9 @@ def test_models_of_transformers_compile(make, method):
 
 
 @ALL
-def test_deepcopy_state_dict_and_checkpointing(method):
+@FORMS
+def test_deepcopy_state_dict_and_checkpointing(method, many, monkeypatch):
+    monkeypatch.setattr(sora, "MANY", many)
     model, x = trained(adapt(tiny_gpt(), method, r=2, r_p=2)), tokens(3, 8)
     y = model(x)
     assert torch.equal(copy.deepcopy(model)(x), y)
@@ -651,8 +674,10 @@ def test_dtypes(method):
 
 
 @ALL
+@FORMS
 @pytest.mark.filterwarnings("ignore")
-def test_compiles_without_a_graph_break(method):
+def test_compiles_without_a_graph_break(method, many, monkeypatch):
+    monkeypatch.setattr(sora, "MANY", many)
     torch.compiler.reset()
     model, batch = trained(adapt(tiny_gpt(), method, r=2, r_p=2), scale=0.1), tokens(3, 9)
     model(batch[:, :-1], batch[:, 1:]).backward()
@@ -732,6 +757,9 @@ def test_the_loss_in_chunks_keeps_no_logits():
     torch.testing.assert_close(loss, whole)
     torch.testing.assert_close(torch.autograd.grad(loss, model.transformer.wte.weight)[0], expected)
     assert kept and not any(shape[-1:] == (11,) for shape in kept)
+    ignored = x[:, 1:].masked_fill(x[:, 1:] == 3, -100)
+    some = model(x[:, :-1], ignored)
+    torch.testing.assert_close(some, F.cross_entropy(model(x[:, :-1]).flatten(0, 1), ignored.flatten()))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x[:, :-1], x[:, 1:]), whole)
 
@@ -848,7 +876,7 @@ def test_gpt2_is_downloaded_once_and_compared(tmp_path, monkeypatch):
     state, x = tiny_gpt(n_embd=64, n_head=1), tokens(3, 8)
     write_safetensors(tmp_path / "source", {n: p for n, p in state.gpt2_state_dict().items() if "lm_head" not in n})
     content = (tmp_path / "source").read_bytes()
-    cache = tmp_path / "hub/checkpoints"
+    cache = tmp_path / "hub/checkpoints/gpt2"
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     asked = []
 
@@ -868,11 +896,11 @@ def test_gpt2_is_downloaded_once_and_compared(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.hub, "urlopen", urlopen)
     cut = 1000
-    with pytest.raises(OSError, match=f"gpt2 cannot be .* .the line is dead.: put https://.* at {cache}/gpt2.safe"):
+    with pytest.raises(OSError, match=f"gpt2 cannot be .* .the line is dead.: put https://.* at {cache}/model.safe"):
         GPT.from_pretrained("gpt2")
     assert os.listdir(cache) == []
     cut = None
-    with pytest.raises(RuntimeError, match="invalid hash value"):
+    with pytest.raises(OSError, match="gpt2 cannot be downloaded .invalid hash value"):
         GPT.from_pretrained("gpt2")
     assert os.listdir(cache) == []
     digest = hashlib.sha256(content).hexdigest()
@@ -881,8 +909,8 @@ def test_gpt2_is_downloaded_once_and_compared(tmp_path, monkeypatch):
     assert torch.equal(again(x), state(x)) and len(asked) == 3 and len({*asked}) == 1
     assert asked[0] == ("https://huggingface.co/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/"
                         "model.safetensors")
-    (cache / "gpt2.safetensors").write_bytes(content[:-1] + b"x")
-    with pytest.raises(ValueError, match="gpt2.safetensors has sha256 .*: delete it, or pass check=False"):
+    (cache / "model.safetensors").write_bytes(content[:-1] + b"x")
+    with pytest.raises(ValueError, match="gpt2/model.safetensors has sha256 .*: delete it, or pass check=False"):
         GPT.from_pretrained("gpt2")
     GPT.from_pretrained("gpt2", check=False)
     assert len(asked) == 3  # once more for each that failed, never for what is there
