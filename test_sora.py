@@ -935,7 +935,7 @@ def test_train_gpt_from_end_to_end(tmp_path):
     done = run(*flags.split(), "--methods", ",".join(names), cwd=tmp_path, env=os.environ | {"COLUMNS": "90"})
     assert done.returncode == 0 and not done.stderr, done.stderr
     report = json.loads((tmp_path / "out/all.json").read_text())
-    assert report["settings"]["lr"] == dict.fromkeys(METHODS, 1e-2) | {"full": 2e-3, "frozen": 1e-2}
+    assert report["settings"]["lr"] == dict.fromkeys(train_gpt.METHODS, 1e-2) | {"full": 2e-3}
     (base,), results = report["results"].pop("(base)"), report["results"]
     assert [*results] == names and all([r["seed"] for r in rows] == [0, 1] for rows in results.values())
     sizes = dict(zip(names, [16 * 2048 + 16 * 8 + 3312, 512, 656, 656, 1808, 128]))

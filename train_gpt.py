@@ -42,8 +42,7 @@ POINTS, FLOOR = 16, 1e-4  # a spectrum: σ over the largest σ, resampled to POI
 LIVE, WIDTH = sys.stdout.isatty(), shutil.get_terminal_size(fallback=(120, 24)).columns
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is asked for
+# ---- What is asked for
 
 
 def fail(message):
@@ -176,8 +175,7 @@ def load_data(args, vocabulary):
     return data, windows[torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).long()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training and measuring
+# ---- Training and measuring
 
 
 class Run:
@@ -223,8 +221,14 @@ def autocast(args):
 def evaluate(model, windows, args):
     """Mean loss in nats per token over windows (N, T + 1)."""
     with autocast(args):
-        losses = [model(w[:, :-1], w[:, 1:]) * len(w) for w in windows.split(args.batch_size)]
-    return sum(losses).item() / len(windows)
+        return sum(model(w[:, :-1], w[:, 1:]) * len(w) for w in windows.split(args.batch_size)).item() / len(windows)
+
+
+def sample(model, windows, args):
+    """args.sample tokens after the first sixteen of the validation set."""
+    if args.sample:
+        generator = torch.Generator(args.device).manual_seed(0)
+        return model.generate(windows[:1, :16], args.sample, temperature=0.8, generator=generator)[0].tolist()
 
 
 def schedule(i, n):
@@ -302,21 +306,13 @@ def train(base, method, seed, data, windows, args):
             sora.save(sora.adapter_state_dict(run.model) if method in sora.METHODS else run.model.checkpoint(), path)
             note = f", saved as {path}"
         result["merged"] = evaluate(sora.merge(run.model), windows, args)
-        if args.sample:
-            result["text"] = sample(run.model, windows, args)
+        result["text"] = sample(run.model, windows, args)
     say(f"{name}  validation loss {result['start']:.4f} -> {result['loss']:.4f}, merged "
         f"{result.get('merged', math.nan):.4f}{note}")
     return result
 
 
-def sample(model, windows, args):
-    """args.sample tokens after the first sixteen of the validation set."""
-    generator = torch.Generator(args.device).manual_seed(0)
-    return model.generate(windows[:1, :16], args.sample, temperature=0.8, generator=generator)[0].tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is printed
+# ---- What is printed
 
 
 def say(text="", live=False):
@@ -370,10 +366,9 @@ full, so a small diagonal on a low-rank update raises it much. spectrum: log σ,
 
 
 def write_json(args, results):
-    settings = vars(args) | {"device": str(args.device), "torch": torch.__version__}
-    report = json.loads(json.dumps({"settings": settings, "results": results}), parse_constant=lambda _: None)
-    with open(f"{args.json}.tmp", "w") as file:
-        json.dump(report, file, indent=1)  # without NaN, which is no JSON
+    report = json.dumps({"settings": vars(args) | {"torch": torch.__version__}, "results": results}, default=str)
+    with open(f"{args.json}.tmp", "w") as file:  # moved once it is whole, and without NaN, which is no JSON
+        json.dump(json.loads(report, parse_constant=lambda _: None), file, indent=1)
     os.replace(f"{args.json}.tmp", args.json)
 
 
@@ -392,14 +387,12 @@ def main():
     say(f"training  {args.steps} steps of {args.batch_size} x {args.block_size} tokens, {args.seeds} seed(s), AdamW at "
         + ", ".join(f"{method} {args.lr[method]:g}" for method in args.methods))
     say(f"start     validation loss {loss:.4f}, the base's: every adapter starts as the identity\n")
-    results = {label: [{"trainable": 0, "share": 0.0, "loss": loss}]}
+    results = {label: [{"trainable": 0, "share": 0.0, "loss": loss, "text": sample(base, windows, args)}]}
     try:
         speed = measure_speed(runs, data, args)
         runs.clear()
         minutes = sum(speed[method]["ms"] for method in args.methods) * args.steps * args.seeds / 6e4
         say(f"training takes about {minutes:.1f} minutes")
-        if args.sample:
-            results[label][0]["text"] = sample(base, windows, args)
         for method in args.methods:
             for seed in range(args.seeds):
                 results.setdefault(method, []).append(train(base, method, seed, data, windows, args) | speed[method])
@@ -410,7 +403,7 @@ def main():
     print_table({method: rows for method, rows in results.items() if rows})
     say(LEGEND)
     for method, rows in results.items():
-        if rows and "text" in rows[0]:
+        if rows and rows[0].get("text"):
             say(f"\n--- {method}\n{vocabulary.decode(rows[0]['text'])}")
     if sum(map(len, results.values())) <= len(args.methods) * args.seeds:
         sys.exit(130)
