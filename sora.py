@@ -257,8 +257,8 @@ class OneProduct(torch.autograd.Function):
     The backward pass forms no gradient of W' (out, in). For N tokens, and with d, B, A standing for d⁺, B⁺, A⁺:
         dx = dy W'      dB = dyᵀ (x Aᵀ)      dA = (dy B)ᵀ x      d ⊙ dd = colsum(dy ⊙ W'x) − rowsum(B ⊙ dB)
     The last is Euler's identity, as row i of W' is linear in (d_i, B_i). It saves W0 x, but costs dd digits where
-    d W0 x is a small part of W'x, and leaves dd at 0 where |d| < 1e-6. W' is built twice instead of kept. Not for bfloat16,
-    which would round small updates off W', where the plain form rounds y alone.
+    d W0 x is a small part of W'x, and leaves dd at 0 where |d| < 1e-6. W' is built twice instead of kept. Not for
+    bfloat16, which would round small updates off W', where the plain form rounds y alone.
     """
 
     @staticmethod
@@ -608,12 +608,10 @@ class GPT(nn.Module):
     def from_pretrained(cls, name_or_path: str, check: bool = True) -> "GPT":
         """A GPT in float32 on the CPU, of one of these. No code from a file is ever run.
 
-        - "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl": OpenAI's weights, downloaded once into torch.hub's folder and
-          compared with their sha256 each time (check=False leaves that out)
-        - the path of a .safetensors file, or a saved gpt2_state_dict, in GPT-2's layout; the config.json beside it
-          tells n_head and the GELU: without one, heads are 64 wide and the GELU is the tanh form, as in GPT-2
-        - nanoGPT's ckpt.pt, with the exact GELU; where it has no biases, they are zero
-        - what save(model.checkpoint(), path) wrote
+        - a name in GPT2: OpenAI's weights, downloaded once and compared with their sha256 each time, unless check=False
+        - a path to GPT-2's layout, .safetensors or a saved gpt2_state_dict; the config.json beside it tells n_head and
+          the GELU, without one heads are 64 wide and the GELU is the tanh form, as in GPT-2
+        - nanoGPT's ckpt.pt, with the exact GELU, and zeros for biases it lacks; or a saved `checkpoint()`
         Raises OSError (the file cannot be had), ValueError (it is none of these), RuntimeError (a list of all tensors
         that are missing, unknown or of another shape).
         """
@@ -664,7 +662,7 @@ def _download(name, check):
         except (OSError, RuntimeError) as error:
             raise OSError(f"{name} cannot be downloaded ({error}): put {url} at {path}") from error
     if check and (found := hashlib.sha256(_mapped(path)).hexdigest()) != sha256:
-        raise ValueError(f"{path} has sha256 {found}, not {name}'s {sha256}: delete it, or pass check=False")
+        raise ValueError(f"{path} has sha256 {found}, not {sha256}: delete it, or pass check=False (--no-check)")
     return path
 
 

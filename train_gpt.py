@@ -1,7 +1,7 @@
 """
 Fine-tune a GPT with each method in turn and print loss, speed and the spectrum of the update side by side.
 
-    python train_gpt.py                                    the shipped base on Shakespeare, 3 minutes on two cores
+    python train_gpt.py                                    the shipped base on Shakespeare, 2 minutes on two cores
     python train_gpt.py --methods lora,sora --seeds 3      mean ± standard deviation over three seeds
     python train_gpt.py --init gpt2                        OpenAI's weights, downloaded once; meant for a GPU
     python train_gpt.py --init scratch --methods full --data data/austen.txt      pre-train a base
