@@ -275,15 +275,16 @@ class OneProduct(torch.autograd.Function):
         dy, x = dy.flatten(0, -2), x.flatten(0, -2)  # (N, out), (N, in)
         db = dy.sum(0) if ctx.needs_input_grad[2] else None  # (out,)
         dB, dA = dy.T @ (x @ A.T.contiguous()), (dy @ B).T @ x  # (out, k), (k, in)
-        dot = None if d is None else (dy * Wx.flatten(0, -2)).sum(0) - (B * dB).sum(1)  # (out,): d ⊙ dd
-        return dx, None, db, None if d is None else dot / d.where(d.abs() > 1e-6, math.inf), dB, dA
+        dd = None
+        if d is not None:
+            dd = ((dy * Wx.flatten(0, -2)).sum(0) - (B * dB).sum(1)) / d.where(d.abs() > 1e-6, math.inf)  # (out,)
+        return dx, None, db, dd, dB, dA
 
 
 def _weight(W0, d, B, A):
     return torch.addmm(W0 if d is None else d[:, None] * W0, B, A)  # (out, in)
 
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 METHODS = {layer.method: layer for layer in (LoRALinear, DoRALinear, PreDiagLinear, SORALinear)}
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,7 +362,7 @@ def _linear(module, r=1, r_p=1, name="the layer"):
     if _is_conv1d(module):  # x W + b, with W (in, out)
         linear = nn.Linear(*module.weight.shape, device="meta").train(module.training)
         linear.weight, linear.bias = _frozen(module.weight.T), module.bias
-    if type(linear) is not nn.Linear or linear.weight.dtype not in FLOATS or hooks:
+    if type(linear) is not nn.Linear or hooks or not (linear.weight.is_floating_point() and linear.weight.itemsize > 1):
         raise TypeError(f"{name} is no plain floating-point nn.Linear without hooks but {linear}: choose other targets")
     if not 1 <= r <= min(linear.weight.shape):
         raise ValueError(f"r={r} is outside 1..{min(linear.weight.shape)} of {name} ({linear.in_features} -> "

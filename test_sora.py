@@ -490,6 +490,9 @@ def test_unmerge_gives_the_base_back(method, dtype):
             unmerge(model)
     with pytest.raises(ValueError, match="the model holds no W0"):
         unmerge(merge(adapt(model, method, r=2)))
+    model.W0 = "somebody else's"
+    with pytest.raises(ValueError, match="the model holds no W0"):
+        unmerge(model)
 
 
 @ALL

@@ -33,9 +33,8 @@ import sora
 HERE = os.path.dirname(os.path.abspath(__file__))
 VOCABULARY = "cd379c37f6fc73a34f0572770d490c90ada3ec8b7a3d3e11b1df9fe2b9d1e2fd"  # sha256 of data/gpt2-2048.tiktoken
 METHODS = ["full", *sora.METHODS, "frozen", "peft-lora", "peft-dora"]
-GPU = torch.accelerator.is_available()
-GPT2 = {"block_size": 1024, "batch_size": 16 if GPU else 1, "steps": 200, "compile": torch.cuda.is_available(),
-        "lr": "2e-4,full=3e-5"}  # defaults with --init gpt2; the rates of LoRA's authors and of nanoGPT for GPT-2
+GPT2 = {"block_size": 1024, "batch_size": 16 if torch.accelerator.is_available() else 1, "steps": 200,  # defaults with
+        "lr": "2e-4,full=3e-5", "compile": torch.cuda.is_available()}  # --init gpt2; rates of LoRA's authors and nanoGPT
 WARM_UP, TIMED = 2, 15  # rounds of the speed measurement: not counted, counted
 WINDOWS = 512  # at most so many validation windows
 POINTS, FLOOR = 16, 1e-4  # a spectrum: σ over the largest σ, resampled to POINTS and cut off at FLOOR
@@ -115,7 +114,7 @@ def arguments():
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of the matrix products: auto is bfloat16 on CUDA, else float32")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the models")
-    add("--save", metavar="DIR", default=None, help="for the trained adapters (of full and frozen, the whole model)")
+    add("--save", metavar="DIR", default=None, help="for what is trained: adapters, of full and frozen the whole model")
     add("--json", metavar="FILE", default=None, help="for all rows and settings")
     add("--sample", type=count, metavar="N", default=None, help="tokens of text by the base and by each tuned model")
     p.error = lambda message: fail(f"{message} (--help lists all flags)")
@@ -299,7 +298,9 @@ def train(base, method, seed, data, windows, args):
     result["loss"], note = evaluate(run.model, windows, args), ""
     if not math.isfinite(result["loss"]):
         note = f", diverged: choose a lower rate than --lr {method}={args.lr[method]:g}"
-    elif not method.startswith("peft-"):  # of which only loss and speed are shown
+    elif method.startswith("peft-"):
+        note = ", only measured: neither saved nor merged"
+    else:
         result |= spectrum(base, run.model)
         if args.save:
             path = os.path.join(args.save, f"{method}-{seed}.pt" if args.seeds > 1 else f"{method}.pt")
@@ -395,15 +396,16 @@ def main():
         say(f"training takes about {minutes:.1f} minutes")
         for method in args.methods:
             for seed in range(args.seeds):
-                results.setdefault(method, []).append(train(base, method, seed, data, windows, args) | speed[method])
+                result = train(base, method, seed, data, windows, args) | speed[method]
+                results.setdefault(method, []).append(result)
     except KeyboardInterrupt:
         say("interrupted: the table shows what has finished")
     if args.json:
         write_json(args, results)
-    print_table({method: rows for method, rows in results.items() if rows})
+    print_table(results)
     say(LEGEND)
     for method, rows in results.items():
-        if rows and rows[0].get("text"):
+        if rows[0].get("text"):
             say(f"\n--- {method}\n{vocabulary.decode(rows[0]['text'])}")
     if sum(map(len, results.values())) <= len(args.methods) * args.seeds:
         sys.exit(130)
