@@ -33,8 +33,8 @@ import sora
 HERE = os.path.dirname(os.path.abspath(__file__))
 VOCABULARY = "cd379c37f6fc73a34f0572770d490c90ada3ec8b7a3d3e11b1df9fe2b9d1e2fd"  # sha256 of data/gpt2-2048.tiktoken
 METHODS = ["full", *sora.METHODS, "frozen", "peft-lora", "peft-dora"]
-GPT2 = {"block_size": 1024, "batch_size": 16 if torch.accelerator.is_available() else 1, "steps": 200,  # defaults with
-        "lr": "2e-4,full=3e-5", "compile": torch.cuda.is_available()}  # --init gpt2; rates of LoRA's authors and nanoGPT
+GPT2 = {"block_size": 1024, "batch_size": 16 if torch.accelerator.is_available() else 1, "steps": 200,
+        "lr": "2e-4,full=3e-5", "compile": torch.cuda.is_available()}  # as LoRA's authors and nanoGPT tune GPT-2
 WARM_UP, TIMED = 2, 15  # rounds of the speed measurement: not counted, counted
 WINDOWS = 512  # at most so many validation windows
 POINTS, FLOOR = 16, 1e-4  # a spectrum: σ over the largest σ, resampled to POINTS and cut off at FLOOR
