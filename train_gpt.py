@@ -295,21 +295,19 @@ def train(base, method, seed, data, windows, args):
             say(f"{name}  step {i:>5} of {n}  loss {loss.item():.3f}  {left // 60}:{left % 60:02} left", live=True)
     if args.device.type == "cuda":
         result["memory"] = torch.cuda.max_memory_allocated() / 2**20
-    result["loss"], note = evaluate(run.model, windows, args), ""
+    result |= {"loss": evaluate(run.model, windows, args), "note": ""}
     if not math.isfinite(result["loss"]):
-        note = f", diverged: choose a lower rate than --lr {method}={args.lr[method]:g}"
+        result["note"] = f", diverged: choose a lower rate than --lr {method}={args.lr[method]:g}"
     elif method.startswith("peft-"):
-        note = ", only measured: neither saved nor merged"
+        result["note"] = ", only measured: neither saved nor merged"
     else:
         result |= spectrum(base, run.model)
         if args.save:
             path = os.path.join(args.save, f"{method}-{seed}.pt" if args.seeds > 1 else f"{method}.pt")
             sora.save(sora.adapter_state_dict(run.model) if method in sora.METHODS else run.model.checkpoint(), path)
-            note = f", saved as {path}"
+            result["note"] = f", saved as {path}"
         result["merged"] = evaluate(sora.merge(run.model), windows, args)
         result["text"] = sample(run.model, windows, args)
-    say(f"{name}  validation loss {result['start']:.4f} -> {result['loss']:.4f}, merged "
-        f"{result.get('merged', math.nan):.4f}{note}")
     return result
 
 
@@ -397,7 +395,9 @@ def main():
         for method in args.methods:
             for seed in range(args.seeds):
                 result = train(base, method, seed, data, windows, args) | speed[method]
-                results.setdefault(method, []).append(result)
+                results[method] = results.get(method, []) + [result]  # first, for an interrupt after its line
+                say(f"{method:8} seed {seed}  validation loss {result['start']:.4f} -> {result['loss']:.4f}, "
+                    f"merged {result.get('merged', math.nan):.4f}{result['note']}")
     except KeyboardInterrupt:
         say("interrupted: the table shows what has finished")
     if args.json:
