@@ -255,30 +255,30 @@ class OneProduct(torch.autograd.Function):
     """The same y = W'x + b for many tokens: W' is built first, so that x meets one matrix and y is written once.
 
     The backward pass forms no gradient of W' (out, in). For N tokens, and with d, B, A standing for d⁺, B⁺, A⁺:
-        dx = dy W'      dB = dyᵀ (x Aᵀ)      dA = (dy B)ᵀ x      d ⊙ dd = colsum(dy ⊙ W'x) − rowsum(B ⊙ dB)
-    The last is Euler's identity, as row i of W' is linear in (d_i, B_i). It saves W0 x, but costs dd digits where
-    d W0 x is a small part of W'x, and leaves dd at 0 where |d| < 1e-6. W' is built twice instead of kept. Not for
-    bfloat16, which would round small updates off W', where the plain form rounds y alone.
+        dx = dy W'      db = colsum(dy)      dB = dyᵀ (x Aᵀ)      dA = (dy B)ᵀ x
+        d ⊙ dd = colsum(dy ⊙ y) − rowsum(B ⊙ dB) − b ⊙ db
+    The last is Euler's identity, as y_i is linear in (d_i, B_i, b_i). It saves W0 x, but costs dd digits where d W0 x is
+    a small part of y, and leaves dd at 0 where |d| < 1e-6. W' is built twice instead of kept. Not for bfloat16, which
+    would round small updates off W', where the plain form rounds y alone.
     """
 
     @staticmethod
     def forward(ctx, x, W0, bias, d, B, A):
-        W = _weight(W0, d, B, A)
-        Wx = None if d is None else F.linear(x, W)  # kept for dd, so y is a copy that may be changed in place
-        ctx.save_for_backward(x, W0, d, B, A, Wx)
-        return F.linear(x, W, bias) if d is None else Wx.clone() if bias is None else Wx + bias
+        y = F.linear(x, _weight(W0, d, B, A), bias)
+        ctx.save_for_backward(x, W0, bias, d, B, A, None if d is None else y)
+        return y if d is None else torch.ops.aten._lazy_clone(y)  # copied once someone changes it in place, if ever
 
     @staticmethod
     def backward(ctx, dy):
-        x, W0, d, B, A, Wx = ctx.saved_tensors
+        x, W0, bias, d, B, A, y = ctx.saved_tensors
         dx = dy @ _weight(W0, d, B, A) if ctx.needs_input_grad[0] else None
         dy, x = dy.flatten(0, -2), x.flatten(0, -2)  # (N, out), (N, in)
-        db = dy.sum(0) if ctx.needs_input_grad[2] else None  # (out,)
         dB, dA = dy.T @ (x @ A.T.contiguous()), (dy @ B).T @ x  # (out, k), (k, in)
-        dd = None
-        if d is not None:
-            dd = ((dy * Wx.flatten(0, -2)).sum(0) - (B * dB).sum(1)) / d.where(d.abs() > 1e-6, math.inf)  # (out,)
-        return dx, None, db, dd, dB, dA
+        db = None if bias is None else dy.sum(0)  # (out,)
+        if d is None:
+            return dx, None, db, None, dB, dA
+        dd = (dy * y.flatten(0, -2)).sum(0) - (B * dB).sum(1) - (0 if bias is None else bias * db)  # (out,)
+        return dx, None, db, dd / d.where(d.abs() > 1e-6, math.inf), dB, dA
 
 
 def _weight(W0, d, B, A):
