@@ -257,9 +257,9 @@ class OneProduct(torch.autograd.Function):
     The backward pass forms no gradient of W' (out, in). For N tokens, and with d, B, A standing for d⁺, B⁺, A⁺:
         dx = dy W'      db = colsum(dy)      dB = dyᵀ (x Aᵀ)      dA = (dy B)ᵀ x
         d ⊙ dd = colsum(dy ⊙ y) − rowsum(B ⊙ dB) − b ⊙ db
-    The last is Euler's identity, as y_i is linear in (d_i, B_i, b_i). It saves W0 x, but costs dd digits where d W0 x is
-    a small part of y, and leaves dd at 0 where |d| < 1e-6. W' is built twice instead of kept. Not for bfloat16, which
-    would round small updates off W', where the plain form rounds y alone.
+    The last is Euler's identity, as y_i is linear in (d_i, B_i, b_i). It saves W0 x, but costs dd digits where d W0 x
+    is a small part of y, and leaves dd at 0 where |d| < 1e-6. W' is built twice instead of kept. Not for bfloat16,
+    which would round small updates off W', where the plain form rounds y alone.
     """
 
     @staticmethod

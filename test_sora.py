@@ -967,7 +967,7 @@ def test_train_gpt_from_end_to_end(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--data", "nowhere.txt"], r"--data nowhere.txt: .*No such file or directory"),
-    (["--data", "short.txt"], r"--data short.txt is too short: it has \d+ tokens, --block-size 8 needs 90"),
+    (["--data", "short.txt"], r"--data short.txt: too short: it has \d+ tokens, --block-size 8 needs 90"),
     (["--data", "binary.txt"], r"--data binary.txt: 'utf-8' codec can't decode"),
     (["--methods", "lora,sorra"], r"argument --methods: unknown method 'sorra': choose from full,lora,dora,prediag"),
     (["--r", "17"], r"--r 17: r=17 is outside 1\.\.16 of transformer\.h\.0\.attn\.c_attn"),
@@ -983,9 +983,9 @@ def test_train_gpt_from_end_to_end(tmp_path):
     (["--init", "short.txt"], r"--init short.txt: short.txt is no checkpoint of GPT-2, nanoGPT or this GPT"),
     (["--init", "empty.txt"], r"--init empty.txt: empty.txt is no checkpoint of GPT-2, nanoGPT or this GPT"),
     (["--init", "."], r"--init .: .*Is a directory"),
-    (["--json", "."], r".*--json .: . is a folder"),
-    (["--init", "small.pt"], r"--init small.pt does not fit: its vocabulary has 11 tokens and its context 8, "),
-    (["--init", "large.pt", "--block-size", "9"], r"--init large.pt does not fit: .*context 8,.*block-size asks for 9"),
+    (["--json", "."], r".*--json .: .*Is a directory"),
+    (["--init", "small.pt"], r"--init small.pt: a vocabulary of 11 and a context of 8 do not fit: the data has 2048"),
+    (["--init", "large.pt", "--block-size", "9"], r"--init large.pt: .* context of 8 do not fit: .* asks for 9"),
     (["--device", "tpu"], r"--device tpu: .*Expected one of cpu, cuda"),
     (["--stesp", "3"], r"unrecognized arguments: --stesp 3"),
     (["--save", "short.txt/x"], r".*--save short.txt/x, .*Not a directory"),

@@ -18,13 +18,12 @@ import shutil
 import statistics
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 
 import tiktoken
 import torch
-import torch.nn.functional as F
 from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 cuts a text into words
 
@@ -37,7 +36,7 @@ GPT2 = {"block_size": 1024, "batch_size": 16 if torch.accelerator.is_available()
         "lr": "2e-4,full=3e-5", "compile": torch.cuda.is_available()}  # as LoRA's authors and nanoGPT tune GPT-2
 WARM_UP, TIMED = 2, 15  # rounds of the speed measurement: not counted, counted
 WINDOWS = 512  # at most so many validation windows
-POINTS, FLOOR = 16, 1e-4  # a spectrum: σ over the largest σ, resampled to POINTS and cut off at FLOOR
+POINTS, FLOOR = 16, 1e-4  # a spectrum: POINTS of its σ over the largest σ, cut off at FLOOR
 LIVE, WIDTH = sys.stdout.isatty(), shutil.get_terminal_size(fallback=(120, 24)).columns
 
 
@@ -59,23 +58,17 @@ def blame(flag):
 
 
 def number(text, kind=float):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number above 0")
-    return value
-
-
-count = partial(number, kind=int)
+    with suppress(ValueError):
+        if 0 < (value := kind(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number above 0")
 
 
 def methods(text):
     names = text.split(",")
     if unknown := [name for name in names if name not in METHODS]:
         raise argparse.ArgumentTypeError(f"unknown method {unknown[0]!r}: choose from {','.join(METHODS)}")
-    if any(name.startswith("peft") for name in names) and not find_spec("peft"):
+    if "peft" in text and not find_spec("peft"):
         raise argparse.ArgumentTypeError(f"{text!r} needs the package peft: pip install peft")
     return list(dict.fromkeys(names))
 
@@ -87,13 +80,11 @@ def rates(text):
 
 
 def arguments():
-    changed = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in GPT2.items())
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                epilog=f"With --init gpt2 or its like the defaults are: {changed}",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = p.add_argument
+    add, count = p.add_argument, partial(number, kind=int)
     add("--init", default=os.path.relpath(f"{HERE}/data/base.pt"),
-        help=f"a checkpoint, one of {','.join(sora.GPT2)}, or 'scratch'")
+        help=f"a checkpoint, 'scratch', or one of {','.join(sora.GPT2)}, which bring defaults of their own")
     add("--random-weights", action="store_true", help="gpt2's shape without its weights, to measure speed")
     add("--no-check", action="store_true", help="load gpt2's file without comparing its sha256")
     add("--n-layer", type=count, default=6, help="layers, with --init scratch")
@@ -124,54 +115,51 @@ def arguments():
     args.lr = rates(p.get_default("lr")) | args.lr
     with blame(f"--device {args.device}"):
         automatic = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        args.device = torch.device(automatic if args.device == "auto" else args.device)
-        torch.zeros(1, device=args.device)
-    with blame(f"--save {args.save}, --json {args.json}"):
-        for folder in (args.save, os.path.dirname(args.json or "")):
-            os.makedirs(folder or ".", exist_ok=True)
-        if os.path.isdir(args.json or ""):
-            raise ValueError(f"{args.json} is a folder")
+        args.device = torch.zeros(1, device=automatic if args.device == "auto" else args.device).device
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device.type == "cuda" else "float32"
+    with blame(f"--save {args.save}, --json {args.json}"):  # now, for it is too late when the work is done
+        os.makedirs(args.save or ".", exist_ok=True)
+        open(args.json or os.devnull, "a").close()
     return args
 
 
 def load_base(args):
     """The base, its vocabulary, and what is special about them."""
-    with blame(f"--init {args.init}"):
-        torch.manual_seed(0)
-        if args.random_weights and args.init not in sora.GPT2:
-            raise ValueError(f"--random-weights is for {', '.join(sora.GPT2)}")
-        if args.random_weights:
-            base = sora.GPT(sora.GPTConfig(1024, 50257, *sora.GPT2[args.init][:3]))
-        elif args.init == "scratch":
-            base = sora.GPT(sora.GPTConfig(args.block_size, 2048, args.n_layer, args.n_head, args.n_embd))
-        else:
-            base = sora.GPT.from_pretrained(args.init, check=not args.no_check)
+    torch.manual_seed(0)
+    if args.random_weights and args.init not in sora.GPT2:
+        raise ValueError(f"--random-weights is for {', '.join(sora.GPT2)}")
+    if args.random_weights:
+        base = sora.GPT(sora.GPTConfig(1024, 50257, *sora.GPT2[args.init][:3]))
+    elif args.init == "scratch":
+        base = sora.GPT(sora.GPTConfig(args.block_size, 2048, args.n_layer, args.n_head, args.n_embd))
+    else:
+        base = sora.GPT.from_pretrained(args.init, check=not args.no_check)
+    note = ", random weights (only speed means something)" * args.random_weights
     ranks = load_tiktoken_bpe(f"{HERE}/data/gpt2-2048.tiktoken", VOCABULARY)
     vocabulary = tiktoken.Encoding("gpt2-2048", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
-    note = ", random weights (only speed means something)" * args.random_weights
     if base.config.vocab_size >= 50257:
         try:
             vocabulary = tiktoken.get_encoding("gpt2")
         except OSError:
             note += ", text cut by the first 2,048 tokens of its vocabulary (offline): losses are higher than they are"
     if base.config.vocab_size < vocabulary.n_vocab or base.config.block_size < args.block_size:
-        fail(f"--init {args.init} does not fit: its vocabulary has {base.config.vocab_size} tokens and its context "
-             f"{base.config.block_size}, the data has {vocabulary.n_vocab} and --block-size asks for {args.block_size}")
+        raise ValueError(f"a vocabulary of {base.config.vocab_size} and a context of {base.config.block_size} do not "
+                         f"fit: the data has {vocabulary.n_vocab} tokens and --block-size asks for {args.block_size}")
     return base.to(args.device), vocabulary, note
 
 
 def load_data(args, vocabulary):
-    """The tokens to train on, and windows (N, T + 1) to validate on."""
-    with blame(f"--data {args.data}"), open(args.data, encoding="utf-8") as file:
+    """The tokens to train on, and windows (N, T + 1) to validate on, in whole batches where there are so many."""
+    with open(args.data, encoding="utf-8") as file:
         tokens = torch.from_numpy(vocabulary.encode_to_numpy(file.read(), disallowed_special=()).astype("int64"))
     if len(tokens) < 10 * (args.block_size + 1):
-        fail(f"--data {args.data} is too short: it has {len(tokens)} tokens, --block-size {args.block_size} needs "
-             f"{10 * (args.block_size + 1)}")
+        raise ValueError(f"too short: it has {len(tokens)} tokens, --block-size {args.block_size} needs "
+                         f"{10 * (args.block_size + 1)}")
     data, held_out = tokens.to(args.device).tensor_split([len(tokens) * 9 // 10])
     windows = held_out.unfold(0, args.block_size + 1, args.block_size)  # (N, T + 1), each token predicted once
-    return data, windows[torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).long()]
+    n = min(WINDOWS, len(windows))
+    return data, windows[torch.linspace(0, len(windows) - 1, n - n % args.batch_size or n).long()]
 
 
 # ---- Training and measuring
@@ -182,29 +170,31 @@ class Run:
 
     def __init__(self, base, method, seed, args):
         self.args, self.model = args, copy.deepcopy(base)
+        torch.manual_seed(seed)
         if method in sora.METHODS:
-            torch.manual_seed(seed)
             sora.adapt(self.model, method, args.r, args.alpha, args.r_p)
         elif method.startswith("peft-"):  # as that library does it, on the same layers
             from peft import LoraConfig, inject_adapter_in_model
 
-            torch.manual_seed(seed)
             inject_adapter_in_model(LoraConfig(r=args.r, lora_alpha=args.alpha, use_dora=method == "peft-dora",
                                                target_modules=["c_attn", "c_proj", "c_fc"]), self.model)
         elif method == "frozen":
             self.model.requires_grad_(False).transformer.wpe.requires_grad_(True)
+        for module in self.model.modules():
+            if isinstance(module, (torch.nn.Linear, sora.DiagonalPlusLowRank)) and not module.weight.requires_grad:
+                module.to(getattr(torch, args.dtype))  # what is frozen is cast once, not at every use
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         groups = [{"params": [p for p in self.trained if (p.ndim > 1) == matrix], "weight_decay": 0.1 * matrix}
                   for matrix in (True, False)]  # no decay for biases, LayerNorms, d and m
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-        self.forward = torch.compile(self.model, fullgraph=True) if args.compile else self.model
+        whole = not method.startswith("peft-")  # its DoRA cannot be compiled in one piece
+        self.forward = torch.compile(self.model, fullgraph=whole) if args.compile else self.model
 
     def step(self, batch, rate):
         """One optimiser step on a batch (B, T + 1); its loss stays on the device, so that nothing waits for it."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with autocast(self.args):
-            loss = self.forward(batch[:, :-1], batch[:, 1:])
+        loss = loss_of(self.forward, batch, self.args)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
@@ -212,15 +202,16 @@ class Run:
         return loss.detach()
 
 
-def autocast(args):
-    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+def loss_of(model, batch, args):
+    """Mean loss in nats per token of a batch (B, T + 1)."""
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        return model(batch[:, :-1], batch[:, 1:])
 
 
-@torch.no_grad()
 def evaluate(model, windows, args):
-    """Mean loss in nats per token over windows (N, T + 1)."""
-    with autocast(args):
-        return sum(model(w[:, :-1], w[:, 1:]) * len(w) for w in windows.split(args.batch_size)).item() / len(windows)
+    """The same over windows (N, T + 1). A compiled model keeps gradients on, for it is compiled anew without them."""
+    with torch.set_grad_enabled(args.compile):
+        return sum(loss_of(model, w, args).item() * len(w) for w in windows.split(args.batch_size)) / len(windows)
 
 
 def sample(model, windows, args):
@@ -244,12 +235,10 @@ def batches(data, seed, args):
 
 
 def measure_speed(runs, data, args):
-    """For each method the median time of a training step, the methods taking turns, three rounds or a minute."""
-    times, batch, begun = {method: [] for method in runs}, next(batches(data, 0, args)), time.perf_counter()
-    wait = torch.accelerator.synchronize if args.device.type != "cpu" else lambda: None
+    """For each method the median time of a training step, the methods taking turns."""
+    times, batch = {method: [] for method in runs}, next(batches(data, 0, args))
+    wait = torch.get_device_module(args.device).synchronize
     for i in range(WARM_UP + TIMED):
-        if i >= WARM_UP + 3 and time.perf_counter() - begun > 60:
-            break
         if LIVE or i == 0:
             say(f"measuring speed: {WARM_UP + TIMED - i} rounds, one step of each method in turn", live=True)
         for method, run in runs.items():
@@ -269,23 +258,23 @@ def spectrum(base, model):
     for name, linear in base.named_modules():
         if isinstance(linear, torch.nn.Linear) and linear is not base.lm_head:
             layer = model.get_submodule(name)
-            delta = layer.delta() if hasattr(layer, "delta") else layer.weight.detach() - linear.weight
+            W = layer.weight.detach()
+            delta = layer.delta() if hasattr(layer, "delta") else (W - linear.weight.to(W.dtype)).float()
             sigma = torch.linalg.svdvals(delta.cpu() if delta.device.type == "mps" else delta)
-            log = (sigma / sigma[0]).clamp_min(FLOOR).log10().cpu()
-            rows.append([(delta.norm() / linear.weight.norm()).item(), sora.svd_entropy(sigma, 2),
-                         sora.svd_entropy(sigma, 1), *F.adaptive_avg_pool1d(log[None], POINTS)[0].tolist()])
+            points = (sigma / sigma[0]).clamp_min(FLOOR).log10()[torch.linspace(0, len(sigma) - 1, POINTS).long()]
+            change = delta.norm() / linear.weight.norm()
+            rows.append([change.item(), sora.svd_entropy(sigma, 2), sora.svd_entropy(sigma, 1), *points.tolist()])
     change, energy, plain, *points = map(statistics.fmean, zip(*rows))
     return {"change": change, "entropy2": energy, "entropy1": plain, "spectrum": points}
 
 
 def train(base, method, seed, data, windows, args):
     """Fine-tune with one method and one seed, measure, save, merge; returns the numbers."""
-    torch.compiler.reset()
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     run, n = Run(base, method, seed, args), args.steps
     name, trainable = f"{method:8} seed {seed}", sum(p.numel() for p in run.trained)
-    result = {"method": method, "seed": seed, "trainable": trainable, "start": evaluate(run.model, windows, args),
+    result = {"method": method, "seed": seed, "trainable": trainable, "start": evaluate(run.forward, windows, args),
               "share": 100 * trainable / sum(p.numel() for p in base.parameters())}
     begun = time.perf_counter()
     for i, batch in enumerate(batches(data, seed, args), 1):
@@ -293,9 +282,8 @@ def train(base, method, seed, data, windows, args):
         if i % max(1, n // (100 if LIVE else 5)) == 0:
             left = round((time.perf_counter() - begun) / i * (n - i))
             say(f"{name}  step {i:>5} of {n}  loss {loss.item():.3f}  {left // 60}:{left % 60:02} left", live=True)
-    if args.device.type == "cuda":
-        result["memory"] = torch.cuda.max_memory_allocated() / 2**20
-    result |= {"loss": evaluate(run.model, windows, args), "note": ""}
+    result["memory"] = torch.cuda.max_memory_allocated() / 2**20 or math.nan  # nan without CUDA: no column
+    result |= {"loss": evaluate(run.forward, windows, args), "note": ""}
     if not math.isfinite(result["loss"]):
         result["note"] = f", diverged: choose a lower rate than --lr {method}={args.lr[method]:g}"
     elif method.startswith("peft-"):
@@ -358,24 +346,27 @@ def print_table(results):
 
 
 LEGEND = f"""
-val loss in nats per token, merged: as plain layers. ms/step: median of at most {TIMED} steps, methods taking turns.
+val loss in nats per token, merged: as plain layers. ms/step: median of {TIMED} steps, methods taking turns.
 H(σ²), H(σ): entropy of the singular values of dW = W' - W0 over ln min(out, in), of p = σ²/Σσ² and p = σ/Σσ; 1 is
 uniform. H(σ²) shows how many directions carry the energy and hardly sees a long flat tail; H(σ) counts the tail in
 full, so a small diagonal on a low-rank update raises it much. spectrum: log σ, blank below {FLOOR:g} of the largest."""
 
 
 def write_json(args, results):
-    report = json.dumps({"settings": vars(args) | {"torch": torch.__version__}, "results": results}, default=str)
-    with open(f"{args.json}.tmp", "w") as file:  # moved once it is whole, and without NaN, which is no JSON
-        json.dump(json.loads(report, parse_constant=lambda _: None), file, indent=1)
-    os.replace(f"{args.json}.tmp", args.json)
+    if args.json:  # under a temporary name first, and without NaN, which is no JSON
+        report = json.dumps({"settings": vars(args) | {"torch": torch.__version__}, "results": results}, default=str)
+        with open(f"{args.json}.tmp", "w") as file:
+            json.dump(json.loads(report, parse_constant=lambda _: None), file, indent=1)
+        os.replace(f"{args.json}.tmp", args.json)
 
 
 def main():
     sys.stdout.reconfigure(errors="replace")  # where the encoding has no ‖ or no bars, the run should not end for that
     args = arguments()
-    base, vocabulary, note = load_base(args)
-    data, windows = load_data(args, vocabulary)
+    with blame(f"--init {args.init}"):
+        base, vocabulary, note = load_base(args)
+    with blame(f"--data {args.data}"):
+        data, windows = load_data(args, vocabulary)
     with blame(f"--r {args.r}"):
         runs = {method: Run(base, method, 0, args) for method in args.methods}
     label, loss = "(random)" if args.random_weights else "(base)", evaluate(base, windows, args)
@@ -398,21 +389,18 @@ def main():
                 results[method] = results.get(method, []) + [result]  # first, for an interrupt after its line
                 say(f"{method:8} seed {seed}  validation loss {result['start']:.4f} -> {result['loss']:.4f}, "
                     f"merged {result.get('merged', math.nan):.4f}{result['note']}")
-    except KeyboardInterrupt:
-        say("interrupted: the table shows what has finished")
-    if args.json:
+    finally:  # what has finished, also after Ctrl-C or where a method fails
         write_json(args, results)
-    print_table(results)
-    say(LEGEND)
+        print_table(results)
+        say(LEGEND)
     for method, rows in results.items():
         if rows[0].get("text"):
             say(f"\n--- {method}\n{vocabulary.decode(rows[0]['text'])}")
-    if sum(map(len, results.values())) <= len(args.methods) * args.seeds:
-        sys.exit(130)
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
+        say("\ninterrupted")
         sys.exit(130)
