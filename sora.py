@@ -51,7 +51,6 @@ import ctypes
 import hashlib
 import json
 import math
-import mmap
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -61,8 +60,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The method: one layer, four ways to fill it
+# ---- The method: one layer, four ways to fill it
 
 
 class DiagonalPlusLowRank(nn.Module):
@@ -287,8 +285,7 @@ def _weight(W0, d, B, A):
 
 METHODS = {layer.method: layer for layer in (LoRALinear, DoRALinear, PreDiagLinear, SORALinear)}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The plumbing: attach, merge, save, load
+# ---- The plumbing: attach, merge, save, load
 
 
 def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32, r_p: int = 4, targets=None,
@@ -408,29 +405,23 @@ def unmerge(model: nn.Module) -> nn.Module:
     return _replace(model, {name: _plain(layer, layer.weight) for name, layer in layers.items()})
 
 
-OPTIONS = ("r", "alpha", "r_p", "exact")
+OPTIONS = ("method", "r", "alpha", "r_p", "exact")
 
 
 def adapter_state_dict(model: nn.Module) -> dict:
     """What was trained (copies, on the CPU) and what load_adapter needs: method, r, alpha, r_p, exact, the names of the
     layers in targets, and a fingerprint of their W0. Raises ValueError for no adapter or several kinds."""
-    if not (layers := _adapted(model)):
-        raise ValueError("the model has no adapter: adapt(model, ...) attaches one, merge(model) removes it")
-    return _state(layers)
+    return _state(_adapted(model))
 
 
 def _state(layers):
-    kinds = {tuple(getattr(layer, key) for key in ("method", *OPTIONS)) for layer in layers.values()}
-    if len(kinds) > 1:
-        raise ValueError(f"the layers are adapted in several ways, {kinds}: save the parts of the model one by one")
-    return dict(zip(("method", *OPTIONS), *kinds)) | {
-        "targets": [*layers], "fingerprint": _fingerprint(layer.weight for layer in layers.values()),
-        "trained": {name: p.detach().to("cpu", copy=True) for name, p in _trained(layers)}}
-
-
-def _trained(layers):
-    return ((f"{name}.{key}", p) for name, layer in layers.items() for key, p in layer.named_parameters()
-            if key not in ("weight", "bias"))
+    kinds = {tuple(getattr(layer, key) for key in OPTIONS) for layer in layers.values()}
+    if len(kinds) != 1:
+        raise ValueError(f"the model has adapters of {len(kinds)} kinds, {kinds or 'none'}: one is needed, see adapt")
+    trained = {f"{name}.{key}": p.detach().to("cpu", copy=True) for name, layer in layers.items()
+               for key, p in layer.named_parameters() if key not in ("weight", "bias")}
+    return dict(zip(OPTIONS, *kinds)) | {"targets": [*layers], "trained": trained,
+                                         "fingerprint": _fingerprint(layer.weight for layer in layers.values())}
 
 
 def load_adapter(model: nn.Module, state: dict) -> nn.Module:
@@ -440,22 +431,21 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     in another way, or its W0 are not those the adapter was trained on (compared as bfloat16: the base may be cast to
     it), and TypeError when a layer is no linear one.
     """
-    if not {"method", *OPTIONS, "targets", "fingerprint", "trained"} <= state.keys():
+    if not {*OPTIONS, "targets", "fingerprint", "trained"} <= state.keys():
         raise ValueError("this is no adapter_state_dict: save that of an adapted model")
     if missing := [name for name in state["targets"] if name not in dict(model.named_modules())]:
         raise ValueError(f"the adapter is for layers that the model has not: {', '.join(missing)}")
-    options = {key: state[key] for key in OPTIONS}
-    layers = _adapted(model) or _layers(model, state["targets"], state["method"], **options)
+    layers = _adapted(model) or _layers(model, state["targets"], **{key: state[key] for key in OPTIONS})
     mine = _state(layers)
-    for key in ("method", *OPTIONS, "targets", "fingerprint"):
+    for key in (*OPTIONS, "targets", "fingerprint"):
         if mine[key] != state[key]:
             raise ValueError(f"the adapter has {key}={state[key]}, the model {key}={mine[key]}: take another base")
     shapes, given = ({name: p.shape for name, p in s["trained"].items()} for s in (mine, state))
     if odd := [name for name in shapes | given if shapes.get(name) != given.get(name)]:
         raise ValueError(f"the adapter's tensors are missing, unknown or of another shape: {', '.join(odd)}")
-    with torch.no_grad():
-        for name, p in _trained(layers):
-            p.copy_(state["trained"][name])
+    for name, tensor in state["trained"].items():
+        layer, _, key = name.rpartition(".")
+        layers[layer].get_parameter(key).data.copy_(tensor)
     return model if _adapted(model) else _replace(model.requires_grad_(False), layers)
 
 
@@ -468,8 +458,7 @@ def _fingerprint(weights):
     return digest.hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The spectrum of an update: how evenly are its singular values spread?
+# ---- The spectrum of an update: how evenly are its singular values spread?
 
 
 def svd_entropy(matrix: torch.Tensor, power: float = 2) -> float:
@@ -501,8 +490,7 @@ def _shares(matrix, power):
     return p / p.sum()
 
 
-# =====================================================================================================================
-# Above: the method. Below: a GPT to try it on, in nanoGPT's layout and with its names.
+# ======== Above: the method. Below: a GPT to try it on, in nanoGPT's layout and with its names
 
 
 @dataclass
@@ -633,8 +621,7 @@ class GPT(nn.Module):
         return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: GPT-2's released weights, other people's checkpoints, our own
+# ---- Files: GPT-2's released weights, other people's checkpoints, our own
 
 GPT2 = {  # n_layer, n_head, n_embd, the revision at huggingface.co/openai-community, the sha256 of model.safetensors
     "gpt2": (12, 12, 768, "607a30d783dfa663caf39e06633721c8d4cfcd7e",
@@ -662,25 +649,24 @@ def _download(name, check):
             torch.hub.download_url_to_file(url, path, sha256 if check else None)  # moved there once it is whole
         except (OSError, RuntimeError) as error:
             raise OSError(f"{name} cannot be downloaded ({error}): put {url} at {path}") from error
-    if check and (found := hashlib.sha256(_mapped(path)).hexdigest()) != sha256:
-        raise ValueError(f"{path} has sha256 {found}, not {sha256}: delete it, or pass check=False (--no-check)")
-    return path
-
-
-def _mapped(path):
     with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # its bytes, mapped into memory and not read
+        if check and (found := hashlib.file_digest(file, "sha256").hexdigest()) != sha256:
+            raise ValueError(f"{path} has sha256 {found}, not {sha256}: delete it, or pass check=False (--no-check)")
+    return path
 
 
 def _read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes for the length of a JSON header, the header, the raw tensors."""
-    data, tensors = _mapped(path), {}
-    start = 8 + int.from_bytes(data[:8], "little")
-    for name, entry in json.loads(data[8:start]).items():
-        if name != "__metadata__":
-            first, last = (start + offset for offset in entry["data_offsets"])
-            raw = torch.frombuffer(data, dtype=torch.uint8)[first:last].clone()
-            tensors[name] = raw.view(CODES[entry["dtype"]]).view(entry["shape"])
+    tensors = {}
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = file.tell()
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            file.seek(start + first)
+            raw = torch.frombuffer(bytearray(file.read(last - first)), dtype=CODES[entry["dtype"]])
+            tensors[name] = raw.view(entry["shape"])
     return tensors
 
 

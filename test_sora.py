@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -418,12 +419,12 @@ def test_errors_name_what_exists_and_change_nothing():
     adapt(model, "dora", r=2, r_p=2)
     with pytest.raises(ValueError, match="adapted already, with dora in 8 layers"):
         adapt(model, "sora", r=2)
-    with pytest.raises(ValueError, match="no adapter"):
+    with pytest.raises(ValueError, match="adapters of 0 kinds, none: one is needed"):
         adapter_state_dict(tiny_gpt())
     model = tiny_gpt()
     adapt(model.transformer.h[0], "lora", r=2, alpha=8)
     adapt(model.transformer.h[1], "lora", r=2, alpha=64)
-    with pytest.raises(ValueError, match="adapted in several ways"):
+    with pytest.raises(ValueError, match="adapters of 2 kinds, .*lora.*: one is needed"):
         adapter_state_dict(model)
     with pytest.raises(TypeError, match="0 is no plain"):
         adapt(nn.Sequential(nn.Linear(4, 4).to(torch.float8_e4m3fn)), r=2)
@@ -1036,6 +1037,32 @@ def test_train_gpt_compares_with_peft(tmp_path):
         assert rows[mine]["trainable"] == rows[theirs]["trainable"]
         assert rows[mine]["start"] == pytest.approx(rows[theirs]["start"], abs=1e-4)
         assert rows[theirs]["loss"] < rows[theirs]["start"] and rows[theirs]["ms"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_train_gpt_compiles_each_method_once(monkeypatch, capsys):
+    """For the speed measurement, for training and evaluation, and for each seed."""
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *"--compile --seeds 2 --methods full,lora,sora".split()])
+    train_gpt.main()
+    assert "compiled\n" in capsys.readouterr().out and counters["unique_graphs"] == 3
+
+
+@pytest.mark.parametrize("method", [*METHODS, "frozen", "full"])
+def test_what_is_frozen_is_cast_once(method, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--dtype", "bfloat16", "--r", "2", "--device", "cpu"])
+    base = tiny_gpt()
+    model = train_gpt.Run(base, method, 0, train_gpt.arguments()).model
+    narrow = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    matrices = {name for name, m in model.named_modules() if hasattr(m, "in_features")}
+    weights = {f"{name}.weight".replace("lm_head", "transformer.wte") for name in matrices}
+    assert {name for name in narrow if name.endswith("weight")} == (set() if method == "full" else weights)
+    assert all(torch.equal(p, base.state_dict()[name].bfloat16()) for name, p in model.named_parameters()
+               if name in narrow)
 
 
 def test_gpt2_changes_the_defaults(monkeypatch):
