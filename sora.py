@@ -96,11 +96,13 @@ class DiagonalPlusLowRank(nn.Module):
         return None, self.s * self.B, self.A
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.dtype == self.weight.dtype == self.A.dtype and not torch.is_autocast_enabled(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):  # the norms and the rotation need the digits
+        autocast = torch.is_autocast_enabled(x.device.type)
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x  # once, for two products
+        same = self.A.dtype == self.weight.dtype and (autocast or x.dtype == self.weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # the norms, the rotation and W' need the digits
             d, B, A = self.factors()
-        if wide and x.numel() >= MANY * self.in_features and not self.weight.requires_grad:
-            return OneProduct.apply(x, self.weight, self.bias, d, B, A)  # the same as below, at a lower price
+            if same and x.numel() >= MANY * self.in_features and not self.weight.requires_grad:
+                return OneProduct.apply(x, self.weight, self.bias, d, B, A)  # the same as below, at a lower price
         low = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype), self.bias)  # (..., out)
         y = F.linear(x, self.weight)  # (..., out)
         return low + y if d is None else (y * d).add_(low).to(y.dtype)  # d stays wide: in bfloat16 1.001 would be 1
@@ -256,26 +258,28 @@ class OneProduct(torch.autograd.Function):
         dx = dy W'      db = colsum(dy)      dB = dyᵀ (x Aᵀ)      dA = (dy B)ᵀ x
         d ⊙ dd = colsum(dy ⊙ y) − rowsum(B ⊙ dB) − b ⊙ db
     The last is Euler's identity, as y_i is linear in (d_i, B_i, b_i). It saves W0 x, but costs dd digits where d W0 x
-    is a small part of y, and leaves dd at 0 where |d| < 1e-6. W' is built twice instead of kept. Not for bfloat16,
-    which would round small updates off W', where the plain form rounds y alone.
+    is a small part of y, and leaves dd at 0 where |d| < 1e-6. W' is built twice instead of kept. Under autocast it is
+    rounded as any weight in training is. Not on a bfloat16 base: rounding W' to its own grid would undo small updates.
     """
 
     @staticmethod
     def forward(ctx, x, W0, bias, d, B, A):
-        y = F.linear(x, _weight(W0, d, B, A), bias)
+        W = _weight(W0, d, B, A).to(x.dtype)
+        y = F.linear(x, W, None if bias is None else bias.to(x.dtype))
         ctx.save_for_backward(x, W0, bias, d, B, A, None if d is None else y)
         return y if d is None else torch.ops.aten._lazy_clone(y)  # copied once someone changes it in place, if ever
 
     @staticmethod
     def backward(ctx, dy):
         x, W0, bias, d, B, A, y = ctx.saved_tensors
-        dx = dy @ _weight(W0, d, B, A) if ctx.needs_input_grad[0] else None
+        dx = dy @ _weight(W0, d, B, A).to(dy.dtype) if ctx.needs_input_grad[0] else None
         dy, x = dy.flatten(0, -2), x.flatten(0, -2)  # (N, out), (N, in)
-        dB, dA = dy.T @ (x @ A.T.contiguous()), (dy @ B).T @ x  # (out, k), (k, in)
-        db = None if bias is None else dy.sum(0)  # (out,)
+        dB = dy.T @ (x @ A.T.to(x.dtype).contiguous())  # (out, k)
+        dA = (dy @ B.to(dy.dtype)).T @ x  # (k, in)
+        db = None if bias is None else dy.sum(0, dtype=B.dtype)  # (out,)
         if d is None:
             return dx, None, db, None, dB, dA
-        dd = (dy * y.flatten(0, -2)).sum(0) - (B * dB).sum(1) - (0 if bias is None else bias * db)  # (out,)
+        dd = (dy * y.flatten(0, -2)).sum(0, dtype=B.dtype) - (B * dB).sum(1) - (0 if bias is None else bias * db)
         return dx, None, db, dd / d.where(d.abs() > 1e-6, math.inf), dB, dA
 
 

@@ -635,15 +635,30 @@ def test_deepcopy_state_dict_and_checkpointing(method, many, monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_a_small_diagonal_survives_bfloat16():
-    """d = 1.002 rounds to 1 in bfloat16, and so would most of W'; its effect on the output must not."""
-    layer = sora.PreDiagLinear(linear(64, 8, dtype=torch.bfloat16), r=4)
-    x = torch.randn(20000, 64, generator=rng()).bfloat16()
-    nn.init.normal_(layer.B, generator=rng(1))
-    before, y = layer(x).double(), F.linear(x, layer.weight).double()
-    nn.init.constant_(layer.d, 1.002)
-    slope = ((layer(x).double() - before) * y).sum(0) / (y * y).sum(0)  # (out,): what d - 1 seems to be
-    assert (slope - 0.002).abs().max() < 2e-4
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_a_small_diagonal_survives_bfloat16(base):
+    """d = 1.002 rounds to 1 in bfloat16, and on a bfloat16 base so would most of W'; its effect must not."""
+    layer = sora.PreDiagLinear(linear(256, 64, dtype=base), r=4)
+    x = torch.randn(8192, 256, generator=rng()).to(base)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=base == torch.float32):
+        before, y = layer(x).double(), F.linear(x, layer.weight).double()
+        nn.init.constant_(layer.d, 1.002)
+        slope = ((layer(x).double() - before) * y).sum() / (y * y).sum()  # what d - 1 seems to be
+    assert abs(slope - 0.002) < 1e-4
+
+
+@ALL
+def test_one_product_under_autocast_is_as_exact_as_the_plain_form(method):
+    layer = trained(METHODS[method](linear(256, 192, dtype=torch.float32), r=8), scale=0.02)
+    x, dy = (torch.randn(4096, n, generator=rng(n)).bfloat16() for n in (256, 192))
+    exact = run_in(copy.deepcopy(layer).double(), x.double(), dy, 10**9)
+    with torch.autocast("cpu", torch.bfloat16):
+        one, plain = (run_in(layer, x.float(), dy, many) for many in (1, 10**9))
+    assert one["y"].dtype == plain["y"].dtype == torch.bfloat16 and one["B"].dtype == torch.float32
+    assert not torch.equal(one["y"], plain["y"])
+    for name, value in exact.items():
+        errors = [(form[name].double() - value).norm() / value.norm() for form in (one, plain)]
+        assert errors[0] < 2 * errors[1] < 0.02, f"{name}: {errors}"
 
 
 @ALL
@@ -1059,8 +1074,9 @@ def test_what_is_frozen_is_cast_once(method, monkeypatch):
     narrow = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     matrices = {name for name, m in model.named_modules() if hasattr(m, "in_features")}
-    weights = {f"{name}.weight".replace("lm_head", "transformer.wte") for name in matrices}
-    assert {name for name in narrow if name.endswith("weight")} == (set() if method == "full" else weights)
+    weights = {f"{name}.weight" for name in matrices if name != "lm_head" and method == "frozen"}
+    weights |= {"transformer.wte.weight"} if method != "full" else set()
+    assert {name for name in narrow if name.endswith("weight")} == weights
     assert all(torch.equal(p, base.state_dict()[name].bfloat16()) for name, p in model.named_parameters()
                if name in narrow)
 

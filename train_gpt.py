@@ -181,8 +181,8 @@ class Run:
         elif method == "frozen":
             self.model.requires_grad_(False).transformer.wpe.requires_grad_(True)
         for module in self.model.modules():
-            if isinstance(module, (torch.nn.Linear, sora.DiagonalPlusLowRank)) and not module.weight.requires_grad:
-                module.to(getattr(torch, args.dtype))  # what is frozen is cast once, not at every use
+            if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad:
+                module.to(getattr(torch, args.dtype))  # once, not at every use; our layers build W' from float32
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         groups = [{"params": [p for p in self.trained if (p.ndim > 1) == matrix], "weight_decay": 0.1 * matrix}
                   for matrix in (True, False)]  # no decay for biases, LayerNorms, d and m
