@@ -58,7 +58,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.autograd.function import once_differentiable
 
 # ---- The method: one layer, four ways to fill it
 
@@ -528,6 +528,36 @@ class Block(nn.Module):
         return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate=self.gelu))  # (B, T, C)
 
 
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of the logits x Wᵀ: x (N, C), W (vocab, C), targets (N,), of which -100 does not count.
+
+    The logits are made n tokens at a time, and never kept, for at 50,257 a token they would take more memory than the
+    rest of the model: while they are there the forward pass makes the gradient, softmax(logits) − onehot(targets), too.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, targets, n):
+        dx, dW = torch.empty_like(x), torch.zeros_like(W) if ctx.needs_input_grad[1] else None
+        share = (targets != -100)[:, None] / (targets != -100).sum()  # (N, 1), of the mean
+        loss = 0
+        for x_, dx_, t, w in zip(x.split(n), dx.split(n), targets.split(n), share.split(n)):
+            p = F.linear(x_, W).log_softmax(-1)  # (n, vocab)
+            loss = loss + F.nll_loss(p, t, reduction="sum")
+            if any(ctx.needs_input_grad):
+                p.exp_()[torch.arange(len(t), device=t.device), t.clamp(min=0)] -= 1
+                dx_.copy_(w * (p @ W))
+            if dW is not None:
+                dW += p.T @ (w * x_)
+        ctx.save_for_backward(dx, dW)
+        return loss / (targets != -100).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        dx, dW = ctx.saved_tensors
+        return dloss * dx, None if dW is None else dloss * dW, None, None
+
+
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019): tokens (B, T) -> logits (B, T, vocab), or, given targets (B, T), their mean loss."""
 
@@ -560,21 +590,11 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x = block(x)
         x = self.transformer.ln_f(x)  # (B, T, C)
-        return self.lm_head(x) if targets is None else self.loss(x.flatten(0, 1), targets.flatten())
-
-    def loss(self, x, targets):
-        """Mean loss of x (N, C). Where there are several chunks their logits are computed again in the backward pass
-        instead of kept: at 50,257 a token they would take more memory than the rest of the model."""
-        n = max(1, self.CHUNK // self.config.vocab_size)
-        if len(x) <= n:
-            return F.cross_entropy(self.lm_head(x), targets)
-
-        def chunk(x, targets):
-            return F.cross_entropy(self.lm_head(x), targets, reduction="sum")
-
-        parts = (recompute(chunk, *part, use_reentrant=False, preserve_rng_state=False)
-                 for part in zip(x.split(n), targets.split(n)))
-        return sum(parts) / (targets != -100).sum()  # as F.cross_entropy, which ignores -100
+        if targets is not None and type(self.lm_head) is nn.Linear:
+            W = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
+            return HeadLoss.apply(x.flatten(0, 1), W, targets.flatten(), max(1, self.CHUNK // len(W)))
+        logits = self.lm_head(x)  # (B, T, vocab)
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def generate(self, tokens: torch.Tensor, n: int, temperature: float = 1.0,

@@ -766,21 +766,27 @@ def test_gpt_ties_its_head_generates_and_saves(tmp_path):
         GPT.from_pretrained(tmp_path / "other.pt")
 
 
-def test_the_loss_in_chunks_keeps_no_logits():
-    model, x = tiny_gpt(), tokens(4, 9)
-    whole = model(x[:, :-1], x[:, 1:])
-    expected = torch.autograd.grad(whole, model.transformer.wte.weight)[0]
-    model.CHUNK, kept = 11 * 5, []
+@pytest.mark.parametrize("chunk", [11 * 5, 11 * 100])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_loss_keeps_no_logits(chunk, dtype, monkeypatch):
+    monkeypatch.setattr(GPT, "CHUNK", chunk)
+    model, x, kept = tiny_gpt().to(dtype), tokens(4, 9), []
+    weights = [*model.parameters()]
+    targets = x[:, 1:].masked_fill(x[:, 1:] == 3, -100)  # F.cross_entropy leaves these out
+    expected = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), targets.flatten())
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        loss = model(x[:, :-1], x[:, 1:])
-    torch.testing.assert_close(loss, whole)
-    torch.testing.assert_close(torch.autograd.grad(loss, model.transformer.wte.weight)[0], expected)
+        loss = model(x[:, :-1], targets)
     assert kept and not any(shape[-1:] == (11,) for shape in kept)
-    ignored = x[:, 1:].masked_fill(x[:, 1:] == 3, -100)
-    some = model(x[:, :-1], ignored)
-    torch.testing.assert_close(some, F.cross_entropy(model(x[:, :-1]).flatten(0, 1), ignored.flatten()))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x[:, :-1], x[:, 1:]), whole)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x[:, :-1], targets), expected)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x[:, :-1], targets)
+    wanted = torch.autograd.grad(expected * 3, weights)
+    for found in (loss, compiled):
+        torch.testing.assert_close(found, expected)
+        for a, b in zip(torch.autograd.grad(found * 3, weights), wanted):
+            torch.testing.assert_close(a, b)
+    adapt(model, "lora", r=2, targets=["lm_head"])
+    torch.testing.assert_close(model(x[:, :-1], targets), expected)
 
 
 # ----------------------------------------------------------------------------------------------- files of other people
