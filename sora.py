@@ -79,10 +79,16 @@ class DiagonalPlusLowRank(nn.Module):
 
     def __init__(self, linear: nn.Linear, r: int = 16, alpha: float = 32, r_p: int = 4, exact: bool = True):
         super().__init__()
-        self.kind, linear = type(linear), _linear(linear, r, r_p)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.r, self.alpha, self.r_p, self.exact, self.s = r, alpha, r_p, exact, alpha / r
-        self.weight, self.bias = _frozen(linear.weight), _frozen(linear.bias)  # (out, in), (out,) or None
+        kind, hooks = type(linear), linear._forward_hooks or linear._forward_pre_hooks  # as of pruning, weight norm
+        if (kind is not nn.Linear and not _is_conv1d(linear) or hooks
+                or not linear.weight.is_floating_point() or linear.weight.itemsize == 1):
+            raise TypeError(f"{linear} is no plain floating-point nn.Linear without hooks: choose other targets")
+        if not 1 <= r <= min(linear.weight.shape) or r_p < 1:
+            raise ValueError(f"r={r} is outside 1..{min(linear.weight.shape)} of {linear}, or r_p={r_p} is below 1")
+        self.kind, self.r, self.alpha, self.r_p, self.exact, self.s = kind, r, alpha, r_p, exact, alpha / r
+        self.weight = _frozen(linear.weight if kind is nn.Linear else linear.weight.T)  # (out, in)
+        self.bias = _frozen(linear.bias)  # (out,) or None
+        self.out_features, self.in_features = self.weight.shape
         self.A = nn.init.kaiming_uniform_(self._parameter(r, self.in_features), a=math.sqrt(5))  # (r, in)
         self.B = self._parameter(self.out_features, r)  # (out, r), zero: W' = W0 at the start
         self.train(linear.training)
@@ -318,7 +324,7 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
     if missing or not found:
         exist = sorted({name.rpartition(".")[2] for name in linears}) or ["no nn.Linear inside"]
         raise ValueError(f"targets match nothing: {', '.join(missing)}; the model has {', '.join(exist)}")
-    names = [name for group in found.values() for name in group]
+    names = dict.fromkeys(name for group in found.values() for name in group)  # each once
     layers = _layers(model, names, method, r=r, alpha=alpha, r_p=r_p, exact=exact)
     return _replace(model.requires_grad_(False), layers)
 
@@ -327,12 +333,15 @@ def _layers(model, names, method, **options):
     """{name: adapted layer} for the linear layers of those names; the model stays as it is."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    modules = {name: model.get_submodule(name) for name in names}
-    for name, module in modules.items():
-        _linear(module, options["r"], options["r_p"], name)
+    layers = {}
+    for name in names:
         if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
             raise TypeError(f"{name} cannot be adapted, for nn.TransformerEncoderLayer does not call it in eval()")
-    return {name: METHODS[method](module, **options) for name, module in modules.items()}
+        try:
+            layers[name] = METHODS[method](model.get_submodule(name), **options)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+    return layers
 
 
 def _replace(model, layers):
@@ -355,22 +364,6 @@ def _frozen(tensor):
 
 def _is_conv1d(module):
     return f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D"
-
-
-def _linear(module, r=1, r_p=1, name="the layer"):
-    """`module` as an nn.Linear on the same memory; raises where it cannot be adapted at these ranks."""
-    linear, hooks = module, module._forward_hooks or module._forward_pre_hooks  # as of pruning, weight normalisation
-    if _is_conv1d(module):  # x W + b, with W (in, out)
-        linear = nn.Linear(*module.weight.shape, device="meta").train(module.training)
-        linear.weight, linear.bias = _frozen(module.weight.T), module.bias
-    if type(linear) is not nn.Linear or hooks or not (linear.weight.is_floating_point() and linear.weight.itemsize > 1):
-        raise TypeError(f"{name} is no plain floating-point nn.Linear without hooks but {linear}: choose other targets")
-    if not 1 <= r <= min(linear.weight.shape):
-        raise ValueError(f"r={r} is outside 1..{min(linear.weight.shape)} of {name} ({linear.in_features} -> "
-                         f"{linear.out_features}): choose another r, or targets without it")
-    if r_p < 1:
-        raise ValueError(f"r_p={r_p} is not at least 1: choose a larger one")
-    return linear
 
 
 def _plain(layer, weight, keep=False):
