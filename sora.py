@@ -125,6 +125,16 @@ class DiagonalPlusLowRank(nn.Module):
         """W' (out, in), in W0's dtype; bit for bit W0 as long as nothing has been trained."""
         return (self.weight + self.delta()).to(self.weight.dtype)
 
+    def plain(self, weight: torch.Tensor, keep: bool = False) -> nn.Module:
+        """A frozen layer of the kind that was adapted, with this weight (out, in) and b; with keep it holds W0 too."""
+        linear = self.kind is nn.Linear
+        with torch.device("meta"):
+            layer = self.kind(*weight.shape[::-1 if linear else 1])
+        layer.weight, layer.bias = _frozen(weight if linear else weight.T.contiguous()), self.bias
+        if keep:
+            layer.register_buffer("W0", self.plain(self.weight).weight.detach(), persistent=False)
+        return layer.train(self.training)
+
     def _apply(self, fn, recurse=True):
         """What `.to()` runs. `.to(bfloat16)` casts W0 and b alone: with 8 bits of mantissa training would stall."""
 
@@ -366,26 +376,13 @@ def _is_conv1d(module):
     return f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D"
 
 
-def _plain(layer, weight, keep=False):
-    """A frozen nn.Linear, or Conv1D where that was adapted, with `weight` (out, in) and the layer's bias."""
-    turned = layer.kind is not nn.Linear
-    with torch.device("meta"):
-        linear = layer.kind(*layer.weight.shape[::1 if turned else -1])
-    weight, W0 = (w.T.contiguous() if turned else w for w in (weight, layer.weight))
-    linear.weight, linear.bias = _frozen(weight), layer.bias
-    if keep:
-        linear.register_buffer("W0", W0.detach(), persistent=False)
-    return linear.train(layer.training)
-
-
 def merge(model: nn.Module, keep: bool = False) -> nn.Module:
     """Turn every adapted layer into the plain, frozen layer it was, with weight W' and the same bias, in place.
 
     keep=True holds W0 for `unmerge`, which takes the memory of the adapted weights a second time. Merging never happens
     by itself, in train() or eval(). A model without adapters is returned as it is.
     """
-    layers = _adapted(model).items()
-    return _replace(model, {name: _plain(layer, layer.merged_weight(), keep) for name, layer in layers})
+    return _replace(model, {name: layer.plain(layer.merged_weight(), keep) for name, layer in _adapted(model).items()})
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -399,7 +396,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     for linear in kept:
         linear.weight = _frozen(linear.W0)
         del linear.W0
-    return _replace(model, {name: _plain(layer, layer.weight) for name, layer in layers.items()})
+    return _replace(model, {name: layer.plain(layer.weight) for name, layer in layers.items()})
 
 
 OPTIONS = ("method", "r", "alpha", "r_p", "exact")
