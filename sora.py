@@ -412,10 +412,14 @@ def _state(layers):
     kinds = {tuple(getattr(layer, key) for key in OPTIONS) for layer in layers.values()}
     if len(kinds) != 1:
         raise ValueError(f"the model has adapters of {len(kinds)} kinds, {kinds or 'none'}: one is needed, see adapt")
+    digest = hashlib.sha256()
+    for layer in layers.values():
+        weight = layer.weight.detach().to("cpu", torch.bfloat16).contiguous()  # the same for a base cast to bfloat16
+        digest.update((ctypes.c_char * weight.nbytes).from_address(weight.data_ptr()))  # its bytes, without numpy
     trained = {f"{name}.{key}": p.detach().to("cpu", copy=True) for name, layer in layers.items()
                for key, p in layer.named_parameters() if key not in ("weight", "bias")}
-    return dict(zip(OPTIONS, *kinds)) | {"targets": [*layers], "trained": trained,
-                                         "fingerprint": _fingerprint(layer.weight for layer in layers.values())}
+    found = {"targets": [*layers], "trained": trained, "fingerprint": digest.hexdigest()[:16]}
+    return dict(zip(OPTIONS, *kinds)) | found
 
 
 def load_adapter(model: nn.Module, state: dict) -> nn.Module:
@@ -441,15 +445,6 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
         layer, _, key = name.rpartition(".")
         layers[layer].get_parameter(key).data.copy_(tensor)
     return model if _adapted(model) else _replace(model.requires_grad_(False), layers)
-
-
-def _fingerprint(weights):
-    """A hash of the base weights (out, in), the same on every device and for a base cast to bfloat16."""
-    digest = hashlib.sha256()
-    for weight in weights:
-        weight = weight.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update((ctypes.c_char * weight.nbytes).from_address(weight.data_ptr()))  # its bytes, without numpy
-    return digest.hexdigest()[:16]
 
 
 # ---- The spectrum of an update: how evenly are its singular values spread?
