@@ -334,8 +334,7 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
     if missing or not found:
         exist = sorted({name.rpartition(".")[2] for name in linears}) or ["no nn.Linear inside"]
         raise ValueError(f"targets match nothing: {', '.join(missing)}; the model has {', '.join(exist)}")
-    names = dict.fromkeys(name for group in found.values() for name in group)  # each once
-    layers = _layers(model, names, method, r=r, alpha=alpha, r_p=r_p, exact=exact)
+    layers = _layers(model, dict.fromkeys(sum(found.values(), [])), method, r=r, alpha=alpha, r_p=r_p, exact=exact)
     return _replace(model.requires_grad_(False), layers)
 
 
@@ -357,10 +356,9 @@ def _layers(model, names, method, **options):
 def _replace(model, layers):
     """Put {name: layer} in place of what has these names, also where that stands under further names."""
     substitutes = {model.get_submodule(name): layer for name, layer in layers.items()}
-    for parent in [*model.modules()]:
-        for name, child in parent._modules.items():
-            if child in substitutes:
-                setattr(parent, name, substitutes[child])
+    for name, module in [*model.named_modules(remove_duplicate=False)]:
+        if module in substitutes:
+            model.set_submodule(name, substitutes[module])
     return model
 
 
