@@ -62,6 +62,8 @@ from torch.autograd.function import once_differentiable
 
 # ---- The method: one layer, four ways to fill it
 
+MANY = 512  # tokens from which OneProduct wins: measured forward and backward on two CPU cores, at widths 128 to 3072
+
 
 class DiagonalPlusLowRank(nn.Module):
     """A frozen linear layer, conditioned: y = d⁺ ⊙ (W0 x) + B⁺ (A⁺ x) + b. The methods below say what d⁺, B⁺, A⁺ are.
@@ -264,9 +266,6 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple[torc
     return (U @ inverse).to(V.dtype), V
 
 
-MANY = 512  # tokens from which OneProduct wins: measured forward and backward on two CPU cores, at widths 128 to 3072
-
-
 class OneProduct(torch.autograd.Function):
     """The same y = W'x + b for many tokens: W' is built first, so that x meets one matrix and y is written once.
 
@@ -304,6 +303,7 @@ def _weight(W0, d, B, A):
 
 
 METHODS = {layer.method: layer for layer in (LoRALinear, DoRALinear, PreDiagLinear, SORALinear)}
+OPTIONS = ("method", "r", "alpha", "r_p", "exact")
 
 # ---- The plumbing: attach, merge, save, load
 
@@ -395,9 +395,6 @@ def unmerge(model: nn.Module) -> nn.Module:
         linear.weight = _frozen(linear.W0)
         del linear.W0
     return _replace(model, {name: layer.plain(layer.weight) for name, layer in layers.items()})
-
-
-OPTIONS = ("method", "r", "alpha", "r_p", "exact")
 
 
 def adapter_state_dict(model: nn.Module) -> dict:
@@ -642,7 +639,6 @@ GPT2 = {  # n_layer, n_head, n_embd, the revision at huggingface.co/openai-commu
 }
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out) in GPT-2
 CODES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
-MASKS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which some files hold
 
 
 def _download(name, check):
@@ -697,7 +693,8 @@ def _config_and_state(file, beside):
                   "gelu": {"gelu_new": "tanh", "gelu": "none"}[told.get("activation_function", "gelu_new")]}
         head = state.pop("lm_head.weight", state["wte.weight"])
         state = {f"transformer.{name}": p for name, p in state.items()} | {"lm_head.weight": head}
-    state = {name.removeprefix("_orig_mod."): p for name, p in state.items() if not name.endswith(MASKS)}
+    masks = (".attn.bias", ".attn.masked_bias")  # causal ones, which some files hold
+    state = {name.removeprefix("_orig_mod."): p for name, p in state.items() if not name.endswith(masks)}
     if not config.get("bias", True):  # nanoGPT can do without
         biased = [name for name in state if name.startswith(("transformer.h.", "transformer.ln_f"))]
         state |= {f"{name.removesuffix('weight')}bias": torch.zeros(len(state[name])) for name in biased}
