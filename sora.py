@@ -660,17 +660,11 @@ def _download(name, check):
 
 def _read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes for the length of a JSON header, the header, the raw tensors."""
-    tensors = {}
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        start = file.tell()
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            file.seek(start + first)
-            raw = torch.frombuffer(bytearray(file.read(last - first)), dtype=CODES[entry["dtype"]])
-            tensors[name] = raw.view(entry["shape"])
-    return tensors
+    raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)  # mapped, not read
+    start = 8 + raw[:8].view(torch.int64).item()
+    header, raw = json.loads(bytes(raw[8:start].tolist())), raw[start:]
+    return {name: raw[slice(*entry["data_offsets"])].clone().view(CODES[entry["dtype"]]).view(entry["shape"])
+            for name, entry in header.items() if name != "__metadata__"}
 
 
 def _transposed(state):
