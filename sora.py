@@ -565,8 +565,7 @@ class GPT(nn.Module):
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         if tokens.shape[1] > self.config.block_size:
             raise ValueError(f"{tokens.shape[1]} tokens are more than the context of {self.config.block_size}")
-        positions = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
-        x = self.transformer.wte(tokens) + self.transformer.wpe(positions)  # (B, T, C)
+        x = self.transformer.wte(tokens) + self.transformer.wpe.weight[:tokens.shape[1]]  # (B, T, C)
         for block in self.transformer.h:
             x = block(x)
         x = self.transformer.ln_f(x)  # (B, T, C)
