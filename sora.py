@@ -51,7 +51,6 @@ import ctypes
 import hashlib
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -697,4 +696,4 @@ def _config_and_state(file, beside):
 def save(state: dict, path: str):
     """torch.save under a temporary name, then a move: a half-written file never stands under `path`."""
     torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    Path(f"{path}.tmp").replace(path)
