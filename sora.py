@@ -676,15 +676,14 @@ def _config_and_state(file, beside):
     elif "config" in file:  # this GPT
         config, state = file["config"], file["model"]
     else:  # GPT-2
-        state = _transposed({name.removeprefix("transformer."): p for name, p in file.items()})
-        (vocab_size, n_embd), block_size = state["wte.weight"].shape, len(state["wpe.weight"])
+        state = {f"transformer.{name.removeprefix('transformer.')}": p for name, p in _transposed(file).items()}
+        (vocab_size, n_embd), block_size = state["transformer.wte.weight"].shape, len(state["transformer.wpe.weight"])
+        state["lm_head.weight"] = state.pop("transformer.lm_head.weight", state["transformer.wte.weight"])
         told = {} if n_embd % 64 else {"n_head": n_embd // 64}
         told |= json.loads(beside.read_text()) if beside.exists() else {}
         config = {"block_size": block_size, "vocab_size": vocab_size, "n_embd": n_embd, "n_head": told["n_head"],
-                  "n_layer": len({name.split(".")[1] for name in state if name.startswith("h.")}),
+                  "n_layer": len({name.split(".")[2] for name in state if ".h." in name}),
                   "gelu": {"gelu_new": "tanh", "gelu": "none"}[told.get("activation_function", "gelu_new")]}
-        head = state.pop("lm_head.weight", state["wte.weight"])
-        state = {f"transformer.{name}": p for name, p in state.items()} | {"lm_head.weight": head}
     masks = (".attn.bias", ".attn.masked_bias")  # causal ones, which some files hold
     state = {name.removeprefix("_orig_mod."): p for name, p in state.items() if not name.endswith(masks)}
     if not config.get("bias", True):  # nanoGPT can do without
