@@ -84,8 +84,10 @@ class DiagonalPlusLowRank(nn.Module):
         if (kind is not nn.Linear and not _is_conv1d(linear) or hooks
                 or not linear.weight.is_floating_point() or linear.weight.itemsize == 1):
             raise TypeError(f"{linear} is no plain floating-point nn.Linear without hooks: choose other targets")
-        if not 1 <= r <= min(linear.weight.shape) or r_p < 1:
-            raise ValueError(f"r={r} is outside 1..{min(linear.weight.shape)} of {linear}, or r_p={r_p} is below 1")
+        if not 1 <= r <= min(linear.weight.shape):
+            raise ValueError(f"r={r} is outside 1..{min(linear.weight.shape)}: choose another r, or not {linear}")
+        if r_p < 1:
+            raise ValueError(f"r_p={r_p} is below 1: choose a larger one")
         self.kind, self.r, self.alpha, self.r_p, self.exact, self.s = kind, r, alpha, r_p, exact, alpha / r
         self.weight = _frozen(linear.weight if kind is nn.Linear else linear.weight.T)  # (out, in)
         self.bias = _frozen(linear.bias)  # (out,) or None
