@@ -140,13 +140,8 @@ class DiagonalPlusLowRank(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """What `.to()` runs. `.to(bfloat16)` casts W0 and b alone: with 8 bits of mantissa training would stall."""
-
-        def keep(tensor):
-            moved = fn(tensor)
-            narrowed = moved.dtype.itemsize < 4 and tensor is not self.weight and tensor is not self.bias
-            return tensor.to(moved.device) if narrowed else moved
-
-        return super()._apply(keep, recurse)
+        base = {id(self.weight), id(self.bias)}
+        return super()._apply(lambda p: fn(p) if id(p) in base or fn(p).itemsize >= 4 else p.to(fn(p).device), recurse)
 
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, r={self.r}, alpha={self.alpha}"
