@@ -61,6 +61,7 @@ from torch.autograd.function import once_differentiable
 
 # ---- The method: one layer, four ways to fill it
 
+KINDS = ("<class 'torch.nn.modules.linear.Linear'>", "<class 'transformers.pytorch_utils.Conv1D'>")  # can be adapted
 MANY = 512  # tokens from which OneProduct wins: measured forward and backward on two CPU cores, at widths 128 to 3072
 
 
@@ -81,16 +82,16 @@ class DiagonalPlusLowRank(nn.Module):
     def __init__(self, linear: nn.Linear, r: int = 16, alpha: float = 32, r_p: int = 4, exact: bool = True):
         super().__init__()
         kind, hooks = type(linear), linear._forward_hooks or linear._forward_pre_hooks  # as of pruning, weight norm
-        if (kind is not nn.Linear and not _is_conv1d(linear) or hooks
-                or not linear.weight.is_floating_point() or linear.weight.itemsize == 1):
+        if str(kind) not in KINDS or hooks or not linear.weight.is_floating_point() or linear.weight.itemsize == 1:
             raise TypeError(f"{linear} is no plain floating-point nn.Linear without hooks: choose other targets")
         if not 1 <= r <= min(linear.weight.shape):
             raise ValueError(f"r={r} is outside 1..{min(linear.weight.shape)}: choose another r, or not {linear}")
         if r_p < 1:
             raise ValueError(f"r_p={r_p} is below 1: choose a larger one")
         self.kind, self.r, self.alpha, self.r_p, self.exact, self.s = kind, r, alpha, r_p, exact, alpha / r
-        self.weight = _frozen(linear.weight if kind is nn.Linear else linear.weight.T)  # (out, in)
-        self.bias = _frozen(linear.bias)  # (out,) or None
+        weight = linear.weight if kind is nn.Linear else linear.weight.T
+        self.weight = nn.Parameter(weight, requires_grad=False)  # (out, in)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias, requires_grad=False)  # (out,) or None
         self.out_features, self.in_features = self.weight.shape
         self.A = nn.init.kaiming_uniform_(self._parameter(r, self.in_features), a=math.sqrt(5))  # (r, in)
         self.B = self._parameter(self.out_features, r)  # (out, r), zero: W' = W0 at the start
@@ -133,7 +134,8 @@ class DiagonalPlusLowRank(nn.Module):
         linear = self.kind is nn.Linear
         with torch.device("meta"):
             layer = self.kind(*weight.shape[::-1 if linear else 1])
-        layer.weight, layer.bias = _frozen(weight if linear else weight.T.contiguous()), self.bias
+        layer.weight = nn.Parameter(weight if linear else weight.T.contiguous(), requires_grad=False)
+        layer.bias = self.bias
         if keep:
             layer.register_buffer("W0", self.plain(self.weight).weight.detach(), persistent=False)
         return layer.train(self.training)
@@ -319,7 +321,7 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
     if adapted := [layer.method for layer in _adapted(model).values()]:
         raise ValueError(f"the model is adapted already, with {adapted[0]} in {len(adapted)} layers: merge it first")
     linears = {name: m for name, m in model.named_modules()
-               if name and (hasattr(m, "in_features") and hasattr(m, "out_features") or _is_conv1d(m))}
+               if name and (hasattr(m, "in_features") and hasattr(m, "out_features") or str(type(m)) in KINDS)}
     if targets is None:
         tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         found = {"every nn.Linear": [n for n, m in linears.items() if id(getattr(m, "weight", None)) not in tied]}
@@ -362,14 +364,6 @@ def _adapted(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, DiagonalPlusLowRank)}
 
 
-def _frozen(tensor):
-    return None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
-
-
-def _is_conv1d(module):
-    return f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D"
-
-
 def merge(model: nn.Module, keep: bool = False) -> nn.Module:
     """Turn every adapted layer into the plain, frozen layer it was, with weight W' and the same bias, in place.
 
@@ -388,7 +382,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     if not layers and not kept:
         raise ValueError("the model holds no W0: unmerge one that is adapted, or merged by merge(model, keep=True)")
     for linear in kept:
-        linear.weight = _frozen(linear.W0)
+        linear.weight = nn.Parameter(linear.W0, requires_grad=False)
         del linear.W0
     return _replace(model, {name: layer.plain(layer.weight) for name, layer in layers.items()})
 
