@@ -157,8 +157,6 @@ class LoRALinear(DiagonalPlusLowRank):
     Parameters: r (in + out). No conditioning: this is the shared layer as it stands.
     """
 
-    method = "lora"
-
 
 class DoRALinear(DiagonalPlusLowRank):
     """DoRA in matrix form (Liu et al. 2024; Chang et al. 2025):    W' = diag(g) (W0 + sBA),  g = m / ‖W0 + sBA‖row
@@ -172,8 +170,6 @@ class DoRALinear(DiagonalPlusLowRank):
     so that no (out, in) matrix is formed, where the usual code forms B A in each forward pass. (Digits are lost where
     sBA all but cancels W0.)
     """
-
-    method = "dora"
 
     def __init__(self, linear: nn.Linear, *args, **kwargs):
         super().__init__(linear, *args, **kwargs)
@@ -199,8 +195,6 @@ class PreDiagLinear(DiagonalPlusLowRank):
     Parameters: r (in + out) + out. The authors' layer scales the bias by d too; here only the weight is conditioned.
     """
 
-    method = "prediag"
-
     def __init__(self, linear: nn.Linear, *args, **kwargs):
         super().__init__(linear, *args, **kwargs)
         self.d = nn.init.ones_(self._parameter(self.out_features))  # 1-D: no weight decay where that goes by dimension
@@ -225,8 +219,6 @@ class SORALinear(PreDiagLinear):
     - theirs scales and rotates the bias too; here only the weight is conditioned;
     - theirs leaves the identity out of the merged weight, so a fresh adapter merges to zero; here merging is exact.
     """
-
-    method = "sora"
 
     def __init__(self, linear: nn.Linear, *args, **kwargs):
         super().__init__(linear, *args, **kwargs)
@@ -300,7 +292,9 @@ def _weight(W0, d, B, A):
     return torch.addmm(W0 if d is None else d[:, None] * W0, B, A)  # (out, in)
 
 
-METHODS = {layer.method: layer for layer in (LoRALinear, DoRALinear, PreDiagLinear, SORALinear)}
+METHODS = {"lora": LoRALinear, "dora": DoRALinear, "prediag": PreDiagLinear, "sora": SORALinear}
+for method, layer in METHODS.items():
+    layer.method = method
 OPTIONS = ("method", "r", "alpha", "r_p", "exact")
 
 # ---- The plumbing: attach, merge, save, load
