@@ -222,9 +222,8 @@ class SORALinear(PreDiagLinear):
 
     def __init__(self, linear: nn.Linear, *args, **kwargs):
         super().__init__(linear, *args, **kwargs)
-        C = self._parameter(self.out_features, self.r_p)
-        self.C = nn.init.kaiming_uniform_(C, a=math.sqrt(5), mode="fan_out")
-        self.E = nn.Parameter(C.detach().clone())
+        self.C = nn.init.kaiming_uniform_(self._parameter(self.out_features, self.r_p), a=math.sqrt(5), mode="fan_out")
+        self.E = nn.Parameter(self.C.detach().clone())
 
     def factors(self):
         d, sB, A = super().factors()
