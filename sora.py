@@ -591,12 +591,11 @@ class GPT(nn.Module):
         that are missing, unknown or of another shape).
         """
         path = Path(_download(name_or_path, check) if name_or_path in GPT2 else name_or_path)
+        path.open().close()  # an OSError where that cannot be done
         try:
             safe = path.suffix == ".safetensors"
             file = _read_safetensors(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
             config, state = _config_and_state(file, path.with_name("config.json"))
-        except OSError:
-            raise
         except Exception as error:
             raise ValueError(f"{path} is no checkpoint of GPT-2, nanoGPT or this GPT: {error!r:.100}") from error
         with torch.device("meta"):
