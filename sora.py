@@ -577,7 +577,8 @@ class GPT(nn.Module):
     def gpt2_state_dict(self) -> dict:
         """The weights with GPT-2's names and orientation, as from_pretrained and transformers read them (the latter as
         pytorch_model.bin beside a config.json). Raises ValueError while an adapter is attached."""
-        return _transposed(self.checkpoint()["model"])
+        state = self.checkpoint()["model"]
+        return {name: p.T.contiguous() if name.endswith(CONV1D) else p for name, p in state.items()}
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, check: bool = True) -> "GPT":
@@ -648,10 +649,6 @@ def _read_safetensors(path):
             for name, entry in header.items() if name != "__metadata__"}
 
 
-def _transposed(state):
-    return {name: p.T.contiguous() if name.endswith(CONV1D) else p for name, p in state.items()}
-
-
 def _config_and_state(file, beside):
     """The GPTConfig and the state dict, in our layout, of what a checkpoint file holds."""
     if "model_args" in file:  # nanoGPT
@@ -659,7 +656,8 @@ def _config_and_state(file, beside):
     elif "config" in file:  # this GPT
         config, state = file["config"], file["model"]
     else:  # GPT-2
-        state = {f"transformer.{name.removeprefix('transformer.')}": p for name, p in _transposed(file).items()}
+        state = {name: p.T.contiguous() if name.endswith(CONV1D) else p for name, p in file.items()}
+        state = {f"transformer.{name.removeprefix('transformer.')}": p for name, p in state.items()}
         (vocab_size, n_embd), block_size = state["transformer.wte.weight"].shape, len(state["transformer.wpe.weight"])
         state["lm_head.weight"] = state.pop("transformer.lm_head.weight", state["transformer.wte.weight"])
         told = {} if n_embd % 64 else {"n_head": n_embd // 64}
