@@ -303,11 +303,10 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
           exact: bool = True) -> nn.Module:
     """Freeze `model` and replace its target linear layers, in place; returns the model.
 
-    method    one of METHODS: "lora", "dora", "prediag", "sora"
+    method    one of METHODS: "lora", "dora", "prediag", "sora"; for r, alpha, r_p, exact see DiagonalPlusLowRank
     targets   None: every linear layer but those that share their weight with an embedding (a tied head). Else names or
               endings of names, matched on whole dotted parts: ["c_attn", "mlp.c_proj"]
-    r, alpha, r_p, exact: see DiagonalPlusLowRank. A layer that stands under several names stays shared. Load the base's
-    weights first: DoRA starts from their norms.
+    A layer that stands under several names stays shared. Load the base's weights first: DoRA starts from their norms.
     Raises ValueError (an unknown method, a target that matches nothing, a rank out of range, a model that is adapted
     already) or TypeError (a target that cannot be adapted, say a quantised one), before anything is changed.
     """
@@ -358,19 +357,14 @@ def _adapted(model):
 
 
 def merge(model: nn.Module, keep: bool = False) -> nn.Module:
-    """Turn every adapted layer into the plain, frozen layer it was, with weight W' and the same bias, in place.
-
-    keep=True holds W0 for `unmerge`, which takes the memory of the adapted weights a second time. Merging never happens
-    by itself, in train() or eval(). A model without adapters is returned as it is.
-    """
+    """Turn every adapted layer, if any, into the plain, frozen layer it was, with weight W' and the same bias, in place.
+    keep=True holds W0 for `unmerge`, which takes the memory of the adapted weights a second time."""
     return _replace(model, {name: layer.plain(layer.merged_weight(), keep) for name, layer in _adapted(model).items()})
 
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Give the base back bit for bit, in place, its adapter dropped: of an adapted model, or after merge(keep=True).
-
-    Raises ValueError where there is no W0 to give back.
-    """
+    Raises ValueError where there is no W0 to give back."""
     layers, kept = _adapted(model), [m for m in model.modules() if "W0" in m._buffers]
     if not layers and not kept:
         raise ValueError("the model holds no W0: unmerge one that is adapted, or merged by merge(model, keep=True)")
@@ -403,9 +397,8 @@ def _state(layers):
 def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     """Put an adapter_state_dict on `model`, in place: on a plain base, which it adapts, or on a model adapted alike.
 
-    Raises ValueError, before anything is changed, when `state` is not whole, a layer is missing, the model is adapted
-    in another way, or its W0 are not those the adapter was trained on (compared as bfloat16: the base may be cast to
-    it), and TypeError when a layer is no linear one.
+    Before anything is changed it raises TypeError for a layer that is no linear one, and ValueError where `state` is not
+    whole, a layer is missing, or the model is adapted in another way or has other W0 (compared as bfloat16).
     """
     if not {*OPTIONS, "targets", "fingerprint", "trained"} <= state.keys():
         raise ValueError("this is no adapter_state_dict: save that of an adapted model")
