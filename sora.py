@@ -428,8 +428,7 @@ def svd_entropy(matrix: torch.Tensor, power: float = 2) -> float:
     et al. 2000) and hardly sees a long flat tail; power=1 (Roy & Vetterli 2007) counts the tail in full. At rank r both
     are at most ln r / ln min(out, in). `matrix` may also be its singular values (1-D). nan for zeros or a single value.
     """
-    n = min(matrix.shape)
-    return math.log(effective_rank(matrix, power)) / math.log(n) if n > 1 else math.nan
+    return math.log(effective_rank(matrix, power)) / math.log(n) if (n := min(matrix.shape)) > 1 else math.nan
 
 
 def effective_rank(matrix: torch.Tensor, power: float = 1) -> float:
