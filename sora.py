@@ -182,8 +182,7 @@ class DoRALinear(DiagonalPlusLowRank):
         with torch.no_grad():
             WA = F.linear(self.weight, A.to(self.weight.dtype)).to(A.dtype)  # (out, r): W0 Aᵀ
             norm2 = self.w2 + (sB * (2 * WA + sB @ (A @ A.T))).sum(1)  # (out,)
-            norm = norm2.clamp_min(torch.finfo(norm2.dtype).tiny).sqrt()  # never 0, also not for a row of zeros
-        g = self.m / norm  # (out,)
+        g = self.m / norm2.clamp_min(torch.finfo(norm2.dtype).tiny).sqrt()  # (out,), finite also for a row of zeros
         return g, g[:, None] * sB, A
 
 
