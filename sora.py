@@ -93,13 +93,10 @@ class DiagonalPlusLowRank(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)  # (out, in)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias, requires_grad=False)  # (out,) or None
         self.out_features, self.in_features = self.weight.shape
-        self.A = nn.init.kaiming_uniform_(self._parameter(r, self.in_features), a=math.sqrt(5))  # (r, in)
-        self.B = self._parameter(self.out_features, r)  # (out, r), zero: W' = W0 at the start
+        A = weight.new_empty(r, self.in_features, dtype=torch.promote_types(weight.dtype, torch.float32))
+        self.A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))  # (r, in)
+        self.B = nn.Parameter(A.new_zeros(self.out_features, r))  # (out, r), zero: W' = W0 at the start
         self.train(linear.training)
-
-    def _parameter(self, *shape):
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return nn.Parameter(torch.zeros(shape, dtype=dtype, device=self.weight.device))
 
     def factors(self):
         """(d⁺, B⁺, A⁺): (out,) or None for ones, (out, k), (k, in). Here: no conditioning, W' = W0 + sBA."""
@@ -196,7 +193,7 @@ class PreDiagLinear(DiagonalPlusLowRank):
 
     def __init__(self, linear: nn.Linear, *args, **kwargs):
         super().__init__(linear, *args, **kwargs)
-        self.d = nn.init.ones_(self._parameter(self.out_features))  # 1-D: no weight decay where that goes by dimension
+        self.d = nn.Parameter(self.A.new_ones(self.out_features))  # 1-D: no weight decay where that goes by dimension
 
     def factors(self):
         _, sB, A = super().factors()
@@ -221,8 +218,8 @@ class SORALinear(PreDiagLinear):
 
     def __init__(self, linear: nn.Linear, *args, **kwargs):
         super().__init__(linear, *args, **kwargs)
-        self.C = nn.init.kaiming_uniform_(self._parameter(self.out_features, self.r_p), a=math.sqrt(5), mode="fan_out")
-        self.E = nn.Parameter(self.C.detach().clone())
+        C = nn.init.kaiming_uniform_(self.A.new_empty(self.out_features, self.r_p), a=math.sqrt(5), mode="fan_out")
+        self.C, self.E = nn.Parameter(C), nn.Parameter(C.clone())
 
     def factors(self):
         d, sB, A = super().factors()
