@@ -582,8 +582,7 @@ class GPT(nn.Module):
         path = Path(_download(name_or_path, check) if name_or_path in GPT2 else name_or_path)
         path.open().close()  # an OSError where that cannot be done
         try:
-            safe = path.suffix == ".safetensors"
-            file = _read_safetensors(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+            file = _safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
             config, state = _config_and_state(file, path.with_name("config.json"))
         except Exception as error:
             raise ValueError(f"{path} is no checkpoint of GPT-2, nanoGPT or this GPT: {error!r:.100}") from error
@@ -628,7 +627,7 @@ def _download(name, check):
     return path
 
 
-def _read_safetensors(path):
+def _safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes for the length of a JSON header, the header, the raw tensors."""
     raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)  # mapped, not read
     start = 8 + raw[:8].view(torch.int64).item()
@@ -639,10 +638,8 @@ def _read_safetensors(path):
 
 def _config_and_state(file, beside):
     """The GPTConfig and the state dict, in our layout, of what a checkpoint file holds."""
-    if "model_args" in file:  # nanoGPT
-        config, state = file["model_args"] | {"gelu": "none"}, file["model"]
-    elif "config" in file:  # this GPT
-        config, state = file["config"], file["model"]
+    if "model" in file:  # nanoGPT, with the exact GELU, or this GPT, whose config says which
+        config, state = {"gelu": "none"} | (file.get("model_args") or file["config"]), file["model"]
     else:  # GPT-2
         state = {name: p.T.contiguous() if name.endswith(CONV1D) else p for name, p in file.items()}
         state = {f"transformer.{name.removeprefix('transformer.')}": p for name, p in state.items()}
