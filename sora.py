@@ -131,11 +131,10 @@ class DiagonalPlusLowRank(nn.Module):
         linear = self.kind is nn.Linear
         with torch.device("meta"):
             layer = self.kind(*weight.shape[::-1 if linear else 1])
-        layer.weight = nn.Parameter(weight if linear else weight.T.contiguous(), requires_grad=False)
-        layer.bias = self.bias
+        layer.weight, layer.bias = nn.Parameter(weight if linear else weight.T.contiguous()), self.bias
         if keep:
             layer.register_buffer("W0", self.plain(self.weight).weight.detach(), persistent=False)
-        return layer.train(self.training)
+        return layer.train(self.training).requires_grad_(False)
 
     def _apply(self, fn, recurse=True):
         """What `.to()` runs. `.to(bfloat16)` casts W0 and b alone: with 8 bits of mantissa training would stall."""
@@ -316,8 +315,7 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
     else:
         targets = [targets] if isinstance(targets, str) else targets
         found = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in targets}
-    missing = [target for target, names in found.items() if not names]
-    if missing or not found:
+    if (missing := [target for target, names in found.items() if not names]) or not found:
         exist = sorted({name.rpartition(".")[2] for name in linears}) or ["no nn.Linear inside"]
         raise ValueError(f"targets match nothing: {', '.join(missing)}; the model has {', '.join(exist)}")
     layers = _layers(model, dict.fromkeys(sum(found.values(), [])), method, r=r, alpha=alpha, r_p=r_p, exact=exact)
