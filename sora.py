@@ -384,8 +384,7 @@ def _state(layers):
         digest.update((ctypes.c_char * weight.nbytes).from_address(weight.data_ptr()))  # its bytes, without numpy
     trained = {f"{name}.{key}": p.detach().to("cpu", copy=True) for name, layer in layers.items()
                for key, p in layer.named_parameters() if key not in ("weight", "bias")}
-    found = {"targets": [*layers], "trained": trained, "fingerprint": digest.hexdigest()[:16]}
-    return dict(zip(OPTIONS, *kinds)) | found
+    return dict(zip(OPTIONS, *kinds), targets=[*layers], trained=trained, fingerprint=digest.hexdigest()[:16])
 
 
 def load_adapter(model: nn.Module, state: dict) -> nn.Module:
