@@ -626,9 +626,10 @@ def _download(name, check):
 
 def _safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes for the length of a JSON header, the header, the raw tensors."""
-    raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)  # mapped, not read
-    start = 8 + raw[:8].view(torch.int64).item()
-    header, raw = json.loads(bytes(raw[8:start].tolist())), raw[start:]
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = file.tell()
+    raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)[start:]  # mapped, not read
     return {name: raw[slice(*entry["data_offsets"])].clone().view(CODES[entry["dtype"]]).view(entry["shape"])
             for name, entry in header.items() if name != "__metadata__"}
 
