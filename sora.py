@@ -89,11 +89,10 @@ class DiagonalPlusLowRank(nn.Module):
         if r_p < 1:
             raise ValueError(f"r_p={r_p} is below 1: choose a larger one")
         self.kind, self.r, self.alpha, self.r_p, self.exact, self.s = kind, r, alpha, r_p, exact, alpha / r
-        weight = linear.weight if kind is nn.Linear else linear.weight.T
-        self.weight = nn.Parameter(weight, requires_grad=False)  # (out, in)
+        self.weight = nn.Parameter(linear.weight if kind is nn.Linear else linear.weight.T, requires_grad=False)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias, requires_grad=False)  # (out,) or None
-        self.out_features, self.in_features = self.weight.shape
-        A = weight.new_empty(r, self.in_features, dtype=torch.promote_types(weight.dtype, torch.float32))
+        self.out_features, self.in_features = self.weight.shape  # W0 (out, in)
+        A = self.weight.new_empty(r, self.in_features, dtype=torch.promote_types(self.weight.dtype, torch.float32))
         self.A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))  # (r, in)
         self.B = nn.Parameter(A.new_zeros(self.out_features, r))  # (out, r), zero: W' = W0 at the start
         self.train(linear.training)
