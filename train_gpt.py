@@ -295,7 +295,7 @@ def train(base, method, seed, data, windows, args):
             sora.save(sora.adapter_state_dict(run.model) if method in sora.METHODS else run.model.checkpoint(), path)
             result["note"] = f", saved as {path}"
         result["merged"] = evaluate(sora.merge(run.model), windows, args)
-        result["text"] = sample(run.model, windows, args)
+        result["text"] = sample(run.model.float(), windows, args)
     return result
 
 
