@@ -221,11 +221,6 @@ def sample(model, windows, args):
         return model.generate(windows[:1, :16], args.sample, temperature=0.8, generator=generator)[0].tolist()
 
 
-def schedule(i, n):
-    """Share of the peak learning rate at step i of n: a linear warm-up over a twentieth, a cosine down to a tenth."""
-    return min(1, (i + 1) / max(1, n // 20)) * (0.55 + 0.45 * math.cos(math.pi * i / n))
-
-
 def batches(data, seed, args):
     """For each step (B, T + 1) tokens, drawn by a generator of their own: the same for all methods."""
     generator = torch.Generator().manual_seed(seed)
@@ -278,7 +273,8 @@ def train(base, method, seed, data, windows, args):
               "share": 100 * trainable / sum(p.numel() for p in base.parameters())}
     begun = time.perf_counter()
     for i, batch in enumerate(batches(data, seed, args), 1):
-        loss = run.step(batch, args.lr[method] * schedule(i - 1, n))
+        share = min(1, i / max(1, n // 20)) * (0.55 + 0.45 * math.cos(math.pi * (i - 1) / n))
+        loss = run.step(batch, args.lr[method] * share)  # a linear warm-up over a twentieth, a cosine down to a tenth
         if i % max(1, n // (100 if LIVE else 5)) == 0:
             left = round((time.perf_counter() - begun) / i * (n - i))
             say(f"{name}  step {i:>5} of {n}  loss {loss.item():.3f}  {left // 60}:{left % 60:02} left", live=True)
