@@ -232,15 +232,12 @@ def batches(data, seed, args):
 def measure_speed(runs, data, args):
     """For each method the median time of a training step, the methods taking turns."""
     times, batch = {method: [] for method in runs}, next(batches(data, 0, args))
-    wait = torch.get_device_module(args.device).synchronize
     for i in range(WARM_UP + TIMED):
         if LIVE or i == 0:
             say(f"measuring speed: {WARM_UP + TIMED - i} rounds, one step of each method in turn", live=True)
         for method, run in runs.items():
-            wait()
             start = time.perf_counter()
-            run.step(batch, 0.0)
-            wait()
+            run.step(batch, 0.0).item()  # waits for the device
             times[method].append(time.perf_counter() - start)
     medians, tokens = {m: statistics.median(t[WARM_UP:]) for m, t in times.items()}, args.batch_size * args.block_size
     return {m: {"ms": 1e3 * median, "speed": tokens / median, "relative": median / medians.get("frozen", math.nan)}
