@@ -294,6 +294,16 @@ def train(base, method, seed, data, windows, args):
 
 # ---- What is printed
 
+COLUMNS = {"trainable": ("trainable", ",.0f"), "%": ("share", ".2f"), "val loss": ("loss", ".3f"),
+           "merged": ("merged", ".3f"), "ms/step": ("ms", ".1f"), "× frozen": ("relative", ".2f"),
+           "tok/s": ("speed", ",.0f"), "peak MB": ("memory", ",.0f"), "‖dW‖/‖W0‖": ("change", ".3f"),
+           "H(σ²)": ("entropy2", ".3f"), "H(σ)": ("entropy1", ".3f")}
+LEGEND = f"""
+val loss in nats per token, merged: as plain layers. ms/step: median of {TIMED} steps, methods taking turns.
+H(σ²), H(σ): entropy of the singular values of dW = W' - W0 over ln min(out, in), of p = σ²/Σσ² and p = σ/Σσ; 1 is
+uniform. H(σ²) shows how many directions carry the energy and hardly sees a long flat tail; H(σ) counts the tail in
+full, so a small diagonal on a low-rank update raises it much. spectrum: log σ, blank below {FLOOR:g} of the largest."""
+
 
 def say(text="", live=False):
     """Print a line. On a terminal the next line takes the place of a live one."""
@@ -316,12 +326,6 @@ def sparkline(rows):
     return "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * (1 - log / math.log10(FLOOR)) - 0.1)] for log in means if log == log)
 
 
-COLUMNS = {"trainable": ("trainable", ",.0f"), "%": ("share", ".2f"), "val loss": ("loss", ".3f"),
-           "merged": ("merged", ".3f"), "ms/step": ("ms", ".1f"), "× frozen": ("relative", ".2f"),
-           "tok/s": ("speed", ",.0f"), "peak MB": ("memory", ",.0f"), "‖dW‖/‖W0‖": ("change", ".3f"),
-           "H(σ²)": ("entropy2", ".3f"), "H(σ)": ("entropy1", ".3f")}
-
-
 def print_table(results):
     """Aligned columns of means over the seeds; what does not fit the terminal follows below, beside the names again."""
     columns = [["method", *results], *([title, *(mean(rows, *form) for rows in results.values())]
@@ -336,13 +340,6 @@ def print_table(results):
             blocks[-1].append(cells)
     for block in blocks:
         say("\n" + "\n".join("  ".join(line).rstrip() for line in zip(*block)))
-
-
-LEGEND = f"""
-val loss in nats per token, merged: as plain layers. ms/step: median of {TIMED} steps, methods taking turns.
-H(σ²), H(σ): entropy of the singular values of dW = W' - W0 over ln min(out, in), of p = σ²/Σσ² and p = σ/Σσ; 1 is
-uniform. H(σ²) shows how many directions carry the energy and hardly sees a long flat tail; H(σ) counts the tail in
-full, so a small diagonal on a low-rank update raises it much. spectrum: log σ, blank below {FLOOR:g} of the largest."""
 
 
 def write_json(args, results):
