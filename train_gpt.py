@@ -144,8 +144,7 @@ def load_base(args):
         except OSError:
             note += ", text cut by the first 2,048 tokens of its vocabulary (offline): losses are higher than they are"
     if base.config.vocab_size < vocabulary.n_vocab or base.config.block_size < args.block_size:
-        raise ValueError(f"a vocabulary of {base.config.vocab_size} and a context of {base.config.block_size} do not "
-                         f"fit: the data has {vocabulary.n_vocab} tokens and --block-size asks for {args.block_size}")
+        raise ValueError(f"{base.config} is too small for {vocabulary.n_vocab} tokens, --block-size {args.block_size}")
     return base.to(args.device), vocabulary, note
 
 
@@ -153,9 +152,8 @@ def load_data(args, vocabulary):
     """The tokens to train on, and windows (N, T + 1) to validate on, in whole batches where there are so many."""
     with open(args.data, encoding="utf-8") as file:
         tokens = torch.from_numpy(vocabulary.encode_to_numpy(file.read(), disallowed_special=()).astype("int64"))
-    if len(tokens) < 10 * (args.block_size + 1):
-        raise ValueError(f"too short: it has {len(tokens)} tokens, --block-size {args.block_size} needs "
-                         f"{10 * (args.block_size + 1)}")
+    if len(tokens) < (least := 10 * (args.block_size + 1)):
+        raise ValueError(f"too short: it has {len(tokens)} tokens, --block-size {args.block_size} needs {least}")
     data, held_out = tokens.to(args.device).tensor_split([len(tokens) * 9 // 10])
     windows = held_out.unfold(0, args.block_size + 1, args.block_size)  # (N, T + 1), each token predicted once
     n = min(WINDOWS, len(windows))
