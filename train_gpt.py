@@ -221,10 +221,9 @@ def sample(model, windows, args):
 
 def batches(data, seed, args):
     """For each step (B, T + 1) tokens, drawn by a generator of their own: the same for all methods."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(data) - args.block_size, (args.steps, args.batch_size), generator=generator)
-    for start in starts.to(args.device):
-        yield data[start[:, None] + torch.arange(args.block_size + 1, device=args.device)]
+    sequences, generator = data.unfold(0, args.block_size + 1, 1), torch.Generator().manual_seed(seed)
+    for starts in torch.randint(len(sequences), (args.steps, args.batch_size), generator=generator).to(args.device):
+        yield sequences[starts]
 
 
 def measure_speed(runs, data, args):
