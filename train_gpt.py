@@ -339,14 +339,6 @@ def print_table(results):
         say("\n" + "\n".join("  ".join(line).rstrip() for line in zip(*block)))
 
 
-def write_json(args, results):
-    if args.json:  # under a temporary name first, and without NaN, which is no JSON
-        report = json.dumps({"settings": vars(args) | {"torch": torch.__version__}, "results": results}, default=str)
-        with open(f"{args.json}.tmp", "w") as file:
-            json.dump(json.loads(report, parse_constant=lambda _: None), file, indent=1)
-        os.replace(f"{args.json}.tmp", args.json)
-
-
 def main():
     sys.stdout.reconfigure(errors="replace")  # where the encoding has no ‖ or no bars, the run should not end for that
     args = arguments()
@@ -377,7 +369,12 @@ def main():
                 say(f"{method:8} seed {seed}  validation loss {result['start']:.4f} -> {result['loss']:.4f}, "
                     f"merged {result.get('merged', math.nan):.4f}{result['note']}")
     finally:  # what has finished, also after Ctrl-C or where a method fails
-        write_json(args, results)
+        if args.json:  # under a temporary name first, and without NaN, which is no JSON
+            report = {"settings": vars(args) | {"torch": torch.__version__}, "results": results}
+            report = json.loads(json.dumps(report, default=str), parse_constant=lambda _: None)
+            with open(f"{args.json}.tmp", "w") as file:
+                json.dump(report, file, indent=1)
+            os.replace(f"{args.json}.tmp", args.json)
         print_table(results)
         say(LEGEND)
     for method, rows in results.items():
