@@ -41,8 +41,6 @@ LIVE, WIDTH = sys.stdout.isatty(), shutil.get_terminal_size(fallback=(120, 24)).
 
 
 # ---- What is asked for
-
-
 def fail(message):
     print(f"train_gpt.py: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
@@ -161,8 +159,6 @@ def load_data(args, vocabulary):
 
 
 # ---- Training and measuring
-
-
 class Run:
     """A copy of the base made ready for one method, with its optimiser."""
 
@@ -173,7 +169,6 @@ class Run:
             sora.adapt(self.model, method, args.r, args.alpha, args.r_p)
         elif method.startswith("peft-"):  # as that library does it, on the same layers
             from peft import LoraConfig, inject_adapter_in_model
-
             inject_adapter_in_model(LoraConfig(r=args.r, lora_alpha=args.alpha, use_dora=method == "peft-dora",
                                                target_modules=["c_attn", "c_proj", "c_fc"]), self.model)
         elif method == "frozen":
@@ -290,7 +285,6 @@ def train(base, method, seed, data, windows, args):
 
 
 # ---- What is printed
-
 COLUMNS = {"trainable": ("trainable", ",.0f"), "%": ("share", ".2f"), "val loss": ("loss", ".3f"),
            "merged": ("merged", ".3f"), "ms/step": ("ms", ".1f"), "× frozen": ("relative", ".2f"),
            "tok/s": ("speed", ",.0f"), "peak MB": ("memory", ",.0f"), "‖dW‖/‖W0‖": ("change", ".3f"),
