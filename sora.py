@@ -350,8 +350,9 @@ def _adapted(model):
 
 
 def merge(model: nn.Module, keep: bool = False) -> nn.Module:
-    """Turn every adapted layer, if any, into the plain, frozen layer it was, with weight W' and the same bias, in place.
-    keep=True holds W0 for `unmerge`, which takes the memory of the adapted weights a second time."""
+    """Turn every adapted layer, if any, into the plain, frozen one it was, with weight W' and the same bias, in place.
+    Nothing is merged unasked, in train() or eval(). keep=True holds W0 for `unmerge`, and so the memory of the adapted
+    weights a second time."""
     return _replace(model, {name: layer.plain(layer.merged_weight(), keep) for name, layer in _adapted(model).items()})
 
 
@@ -389,8 +390,8 @@ def _state(layers):
 def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     """Put an adapter_state_dict on `model`, in place: on a plain base, which it adapts, or on a model adapted alike.
 
-    Before anything is changed it raises TypeError for a layer that is no linear one, and ValueError where `state` is not
-    whole, a layer is missing, or the model is adapted in another way or has other W0 (compared as bfloat16).
+    Before anything is changed it raises TypeError for a layer that is no linear one, and ValueError where `state` is
+    not whole, a layer is missing, or the model is adapted in another way or has other W0 (compared as bfloat16).
     """
     if not {*OPTIONS, "targets", "fingerprint", "trained"} <= state.keys():
         raise ValueError("this is no adapter_state_dict: save that of an adapted model")
