@@ -486,24 +486,24 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, targets, n):
         dx, dW = torch.empty_like(x), torch.zeros_like(W) if ctx.needs_input_grad[1] else None
-        share = (targets != -100)[:, None] / (targets != -100).sum()  # (N, 1), of the mean
-        loss = 0
-        for x_, dx_, t, w in zip(x.split(n), dx.split(n), targets.split(n), share.split(n)):
+        keep = (targets != -100)[:, None].to(x.dtype)  # (N, 1)
+        loss, count = 0, keep.count_nonzero()
+        for x_, dx_, t, k in zip(x.split(n), dx.split(n), targets.split(n), keep.split(n)):
             p = F.linear(x_, W).log_softmax(-1)  # (n, vocab)
             loss = loss + F.nll_loss(p, t, reduction="sum")
             if any(ctx.needs_input_grad):
                 p.exp_()[torch.arange(len(t), device=t.device), t.clamp(min=0)] -= 1
-                dx_.copy_(w * (p @ W))
+                dx_.copy_(k * (p @ W))
             if dW is not None:
-                dW += p.T @ (w * x_)
-        ctx.save_for_backward(dx, dW)
-        return loss / (targets != -100).sum()
+                dW += p.T @ (k * x_)
+        ctx.save_for_backward(dx, dW, count)
+        return loss / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        dx, dW = ctx.saved_tensors
-        return dloss * dx, None if dW is None else dloss * dW, None, None
+        dx, dW, count = ctx.saved_tensors
+        return dx * dloss / count, None if dW is None else dW * dloss / count, None, None
 
 
 class GPT(nn.Module):

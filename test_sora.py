@@ -767,8 +767,8 @@ def test_gpt_ties_its_head_generates_and_saves(tmp_path):
 
 
 @pytest.mark.parametrize("chunk", [11 * 5, 11 * 100])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_loss_keeps_no_logits(chunk, dtype, monkeypatch):
+@pytest.mark.parametrize("dtype, near", [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_the_loss_keeps_no_logits(chunk, dtype, near, monkeypatch):
     monkeypatch.setattr(GPT, "CHUNK", chunk)
     model, x, kept = tiny_gpt().to(dtype), tokens(4, 9), []
     weights = [*model.parameters()]
@@ -778,15 +778,15 @@ def test_the_loss_keeps_no_logits(chunk, dtype, monkeypatch):
         loss = model(x[:, :-1], targets)
     assert kept and not any(shape[-1:] == (11,) for shape in kept)
     with torch.no_grad():
-        torch.testing.assert_close(model(x[:, :-1], targets), expected)
+        torch.testing.assert_close(model(x[:, :-1], targets), expected, rtol=near, atol=0)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(x[:, :-1], targets)
     wanted = torch.autograd.grad(expected * 3, weights)
     for found in (loss, compiled):
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found, expected, rtol=near, atol=0)
         for a, b in zip(torch.autograd.grad(found * 3, weights), wanted):
-            torch.testing.assert_close(a, b)
+            assert (a - b).norm() <= near * b.norm()
     adapt(model, "lora", r=2, targets=["lm_head"])
-    torch.testing.assert_close(model(x[:, :-1], targets), expected)
+    torch.testing.assert_close(model(x[:, :-1], targets), expected, rtol=near, atol=0)
 
 
 # ----------------------------------------------------------------------------------------------- files of other people
@@ -1107,7 +1107,8 @@ def test_train_gpt_ends_with_its_table_whatever_happens(tmp_path):
 
 def test_train_gpt_interrupted_prints_what_has_finished():
     command = [sys.executable, HERE / "train_gpt.py", "--methods", "frozen,lora", "--steps", "2", "--batch-size", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts with & ignores it, and so here
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", preexec_fn=heed) as process:
         lines = []
         for line in process.stdout:
             lines.append(line)
