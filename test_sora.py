@@ -1087,6 +1087,17 @@ def test_what_is_frozen_is_cast_once(method, monkeypatch):
                if name in narrow)
 
 
+def test_train_gpt_in_bfloat16(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = "--dtype bfloat16 --device cpu --methods full,sora,frozen --sample 5 --json all.json".split()
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *flags])
+    train_gpt.main()
+    results = json.loads((tmp_path / "all.json").read_text())["results"]
+    assert "bfloat16\n" in capsys.readouterr().out and len(results) == 4
+    for row, in results.values():
+        assert row["loss"] == pytest.approx(row.get("merged", row["loss"]), abs=0.01) and len(row["text"]) == 9 + 5
+
+
 def test_gpt2_changes_the_defaults(monkeypatch):
     for flags, expected in [([], (120, 128, 1e-2, 2e-3)), (["--init", "gpt2-xl"], (200, 1024, 2e-4, 3e-5)),
                             (["--init", "gpt2", "--steps", "7", "--lr", "full=1"], (7, 1024, 2e-4, 1))]:
