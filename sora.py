@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""
-LoRA, DoRA, Pre-Diag and SORA in one file, with a GPT to try them on. It needs torch and nothing else; copy it.
+"""LoRA, DoRA, Pre-Diag and SORA in one file, with a GPT to try them on. It needs torch and nothing else; copy it.
 
 "Calibrating and Rotating: A Unified Framework for Weight Conditioning in PEFT" (Chang et al., AAAI 2026) looks at an
 adapter as a *conditioning matrix* applied to the weight W0 (out, in) of a frozen linear layer, and asks two things of
@@ -33,9 +32,8 @@ Glossary
 Use
     from sora import adapt, adapter_state_dict, load_adapter, merge
     adapt(model, "sora", r=16, alpha=32, r_p=4)            # freezes model, replaces its nn.Linear layers in place
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)      # decay would pull d to 0, not to 1
-    ...                                                    # your training loop, unchanged
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    ...                                                    # your training loop; decay would pull d to 0, not to 1
     torch.save(adapter_state_dict(model), "sora.pt")       # only what was trained
     load_adapter(fresh_model, torch.load("sora.pt"))       # on the same base, in another process
     merge(model)                                           # plain layers again, no cost at inference
@@ -70,13 +68,12 @@ class DiagonalPlusLowRank(nn.Module):
 
     linear     the nn.Linear, or Conv1D of transformers, to adapt: it stays as it is, its memory is shared, not copied
     r, alpha   rank of the low-rank pair, 1 ≤ r ≤ min(in, out), and its scale s = alpha / r
-    r_p        rank of each of SORA's C and E, at least 1 (SORA only)
-    exact      the exact rotation, or the authors' first-order one (SORA only)
+    r_p        for SORA: rank of each of C and E, at least 1
+    exact      for SORA: the exact rotation, or the authors' first-order one
 
-    x (..., in) -> y (..., out), in the dtype that nn.Linear gives. The adapter is float32 on a float32, bfloat16 or
-    float16 base, also under autocast and after `.to(bfloat16)`, and float64 on a float64 base; products with W0 are in
-    W0's dtype. The bias is never conditioned. Raises ValueError for a rank out of range, TypeError for any other layer,
-    quantised ones included.
+    x (..., in) -> y (..., out), in the dtype that nn.Linear gives. The adapter is float32, under autocast and after
+    `.to(bfloat16)` too, and float64 on a float64 base. The bias is never conditioned. Raises ValueError for a rank out
+    of range, TypeError for any other layer, quantised ones included.
     """
 
     def __init__(self, linear: nn.Linear, r: int = 16, alpha: float = 32, r_p: int = 4, exact: bool = True):
@@ -160,10 +157,10 @@ class DoRALinear(DiagonalPlusLowRank):
     m   (out,)     ‖W0‖row                        trained
     w2  (out,)     ‖W0‖²row                       a buffer
     Parameters: r (in + out) + out. Row i of W' has norm |m_i|.
-    ‖·‖row is one Euclidean norm per output row, and a constant to the gradient (DoRA paper, section 4.3). It comes from
+    ‖·‖row is one Euclidean norm per output row, and a constant to the gradient (DoRA paper, section 4.3). Where the
+    usual code forms the matrix B A (out, in) for it in each pass, here it comes from
         ‖W0 + sBA‖²row = ‖W0‖²row + rowsum(sB ⊙ (2 W0 Aᵀ + sB A Aᵀ))
-    so that no (out, in) matrix is formed, where the usual code forms B A in each forward pass. (Digits are lost where
-    sBA all but cancels W0.)
+    which loses digits where sBA all but cancels W0.
     """
 
     def __init__(self, linear: nn.Linear, *args, **kwargs):
@@ -210,8 +207,7 @@ class SORALinear(PreDiagLinear):
 
     Where we differ from the authors' layer, on purpose:
     - theirs is R = I + S, only first-order orthogonal: RᵀR = I − S², so norms can only grow (exact=False gives it);
-    - theirs scales and rotates the bias too; here only the weight is conditioned;
-    - theirs leaves the identity out of the merged weight, so a fresh adapter merges to zero; here merging is exact.
+    - theirs scales and rotates the bias too, and leaves I out of the merged weight: a fresh adapter merges to zero.
     """
 
     def __init__(self, linear: nn.Linear, *args, **kwargs):
@@ -286,7 +282,7 @@ def _weight(W0, d, B, A):
 
 
 METHODS = {"lora": LoRALinear, "dora": DoRALinear, "prediag": PreDiagLinear, "sora": SORALinear}
-for method, layer in METHODS.items():
+for method, layer in METHODS.items():  # so that a layer can say which it is
     layer.method = method
 OPTIONS = ("method", "r", "alpha", "r_p", "exact")
 
@@ -390,9 +386,8 @@ def _state(layers):
 def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     """Put an adapter_state_dict on `model`, in place: on a plain base, which it adapts, or on a model adapted alike.
 
-    Before anything is changed it raises TypeError for a layer that is no linear one, and ValueError where `state` is
-    not whole, a layer is missing, or the model is adapted in another way or has other W0 (compared as bfloat16).
-    """
+    Raises, before anything is changed, TypeError for a layer that is no linear one, ValueError where `state` is not
+    whole, a layer is missing, or the model is adapted in another way or has other W0 (compared as bfloat16)."""
     if not {*OPTIONS, "targets", "fingerprint", "trained"} <= state.keys():
         raise ValueError("this is no adapter_state_dict: save that of an adapted model")
     if missing := [name for name in state["targets"] if name not in dict(model.named_modules())]:

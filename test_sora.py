@@ -1007,7 +1007,7 @@ def test_train_gpt_from_end_to_end(tmp_path):
     (["--init", "."], r"--init .: .*Is a directory"),
     (["--json", "."], r".*--json .: .*Is a directory"),
     (["--init", "small.pt"], r"--init small.pt: GPTConfig\(.*vocab_size=11, .* is too small for 2048 tokens"),
-    (["--init", "large.pt", "--block-size", "9"], r"--init large.pt: .*block_size=8, .*too small for .* --block-size 9"),
+    (["--init", "large.pt", "--block-size", "9"], r"--init large.pt: .*block_size=8, .*too small for .*block-size 9"),
     (["--device", "tpu"], r"--device tpu: .*Expected one of cpu, cuda"),
     (["--stesp", "3"], r"unrecognized arguments: --stesp 3"),
     (["--save", "short.txt/x"], r".*--save short.txt/x, .*Not a directory"),
