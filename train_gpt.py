@@ -1,5 +1,4 @@
-"""
-Fine-tune a GPT with each method in turn and print loss, speed and the spectrum of the update side by side.
+"""Fine-tune a GPT with each method in turn and print loss, speed and the spectrum of the update side by side.
 
     python train_gpt.py                                    the shipped base on Shakespeare, 2 minutes on two cores
     python train_gpt.py --methods lora,sora --seeds 3      mean ± standard deviation over three seeds
@@ -270,9 +269,9 @@ def train(base, method, seed, data, windows, args):
     result["memory"] = torch.cuda.max_memory_allocated() / 2**20 or math.nan  # nan without CUDA: no column
     result |= {"loss": evaluate(run.forward, windows, args), "note": ""}
     if not math.isfinite(result["loss"]):
-        result["note"] = f", diverged: choose a lower rate than --lr {method}={args.lr[method]:g}"
+        result["note"] = f"diverged: choose a lower rate than --lr {method}={args.lr[method]:g}"
     elif method.startswith("peft-"):
-        result["note"] = ", only measured: neither saved nor merged"
+        result["note"] = "only measured: neither saved nor merged"
     else:
         result |= spectrum(base, run.model)
         if args.save:
@@ -280,6 +279,7 @@ def train(base, method, seed, data, windows, args):
             sora.save(sora.adapter_state_dict(run.model) if method in sora.METHODS else run.model.checkpoint(), path)
             result["note"] = f", saved as {path}"
         result["merged"] = evaluate(sora.merge(run.model), windows, args)
+        result["note"] = f"merged {result['merged']:.4f}{result['note']}"
         result["text"] = sample(run.model.float(), windows, args)
     return result
 
@@ -361,7 +361,7 @@ def main():
                 result = train(base, method, seed, data, windows, args) | speed[method]
                 results[method] = results.get(method, []) + [result]  # first, for an interrupt after its line
                 say(f"{method:8} seed {seed}  validation loss {result['start']:.4f} -> {result['loss']:.4f}, "
-                    f"merged {result.get('merged', math.nan):.4f}{result['note']}")
+                    + result["note"])
     finally:  # what has finished, also after Ctrl-C or where a method fails
         if args.json:  # under a temporary name first, and without NaN, which is no JSON
             report = {"settings": vars(args) | {"torch": torch.__version__}, "results": results}
