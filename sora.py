@@ -27,7 +27,7 @@ Glossary
     m, g            m (out,): DoRA's magnitude, one per row of W'; g scales to it -
     d               d (out,): the diagonal that calibrates W0                     lora_Diag
     C, E, r_p       C, E (out, r_p): the pair that spans the rotation             lora_C, lora_D
-    U, V, K         S = U Vᵀ is skew, R = I + K Vᵀ the rotation made of it        -
+    P, X, K         P = [E − C, C], R = I + K Pᵀ the rotation, K = P X⁻¹           -
 
 Use
     from sora import adapt, adapter_state_dict, load_adapter, merge
@@ -173,7 +173,7 @@ class DoRALinear(DiagonalPlusLowRank):
         _, sB, A = super().factors()
         with torch.no_grad():
             WA = F.linear(self.weight, A.to(self.weight.dtype)).to(A.dtype)  # (out, r): W0 Aᵀ
-            norm2 = self.w2 + (sB * (2 * WA + sB @ (A @ A.T))).sum(1)  # (out,)
+            norm2 = self.w2 + (sB * torch.addmm(WA, sB, A @ A.T, beta=2)).sum(1)  # (out,)
         g = self.m / norm2.clamp_min(torch.finfo(norm2.dtype).tiny).sqrt()  # (out,), finite also for a row of zeros
         return g, g[:, None] * sB, A
 
@@ -201,9 +201,9 @@ class SORALinear(PreDiagLinear):
     A, B, d               as in Pre-Diag                                            trained
     C   (out, r_p)        kaiming_uniform(a=√5, mode="fan_out")                     trained
     E   (out, r_p)        a copy of C: R = I, yet neither has a gradient of zero    trained
-    Parameters: r (in + out) + out + 2 r_p out. R = I + K Vᵀ (see `rotation`), so that
-        W' = diag(d) W0 + [sB, K] [A ; Vᵀ (diag(d) W0 + sBA)]
-    is of the same form again. A token costs what it costs Pre-Diag at rank r + 2 r_p; K and Vᵀ W0 come once per pass.
+    Parameters: r (in + out) + out + 2 r_p out. R = I + K Pᵀ (see `rotation`), so that
+        W' = diag(d) W0 + [sB, K] [A ; Pᵀ (diag(d) W0 + sBA)]
+    is of the same form again. A token costs what it costs Pre-Diag at rank r + 2 r_p; K and Pᵀ W0 come once per pass.
 
     Where we differ from the authors' layer, on purpose:
     - theirs is R = I + S, only first-order orthogonal: RᵀR = I − S², so norms can only grow (exact=False gives it);
@@ -217,32 +217,30 @@ class SORALinear(PreDiagLinear):
 
     def factors(self):
         d, sB, A = super().factors()
-        K, V = rotation(self.C, self.E, self.exact)  # (out, 2 r_p) each
-        VW = ((d[:, None] * V).T.to(self.weight.dtype) @ self.weight).to(A.dtype) + (V.T @ sB) @ A  # (2 r_p, in)
-        return d, torch.cat([sB, K], 1), torch.cat([A, VW])  # (out,), (out, r + 2 r_p), (r + 2 r_p, in)
+        K, P = rotation(self.C, self.E, self.exact)  # (out, 2 r_p) each
+        PW = ((d[:, None] * P).T.to(self.weight.dtype) @ self.weight).to(A.dtype) + (P.T @ sB) @ A  # (2 r_p, in)
+        return d, torch.cat([sB, K], 1), torch.cat([A, PW])  # (out,), (out, r + 2 r_p), (r + 2 r_p, in)
 
 
 def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """(K, V), both (out, 2 r_p), of the rotation R = I + K Vᵀ that the pair C, E (out, r_p) spans.
+    """(K, P), both (out, 2 r_p), of the rotation R = I + K Pᵀ that the pair C, E (out, r_p) spans.
 
-    S = t (E Cᵀ − C Eᵀ) is skew (Sᵀ = −S); t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)) slows its growth. With Z = E − C we have
-    S = t (Z Cᵀ − C Zᵀ) too, since C Cᵀ cancels, and this form is exactly 0 at the start and loses no digits near it.
-    Cayley's transform of S is orthogonal, as (I − S/2)ᵀ = I + S/2, and is a low-rank change of I, as S = U Vᵀ:
+    S = t (E Cᵀ − C Eᵀ) is skew (Sᵀ = −S); t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)) slows its growth. With P = [E − C, C] and
+    J = (0 −I; I 0), whose inverse is −J, it is S = t P J⁻¹ Pᵀ, for C Cᵀ cancels: exactly 0 at the start, where E = C.
+    Cayley's transform of S is a low-rank change of I (push P through the inverse), with X only 2r_p × 2r_p:
 
-        R = (I − S/2)⁻¹ (I + S/2) = I + (I − S/2)⁻¹ S = I + U (I − VᵀU/2)⁻¹ Vᵀ      with U = t [Z, −C],  V = [C, Z]
+        R = (I − S/2)⁻¹ (I + S/2) = I + (I − S/2)⁻¹ S = I + P X⁻¹ Pᵀ      with X = J/t − PᵀP/2,  so K = P X⁻¹
 
-    (the last step is Woodbury's identity in its push-through form). So K = U (I − VᵀU/2)⁻¹ takes one 2r_p × 2r_p
-    inverse, which exists since det(I − VᵀU/2) = det(I − S/2) ≥ 1. exact=False is the authors' R = I + S, that is K = U.
+    It is orthogonal, RᵀR = I + P X⁻ᵀ (X + Xᵀ + PᵀP) X⁻¹ Pᵀ = I, as Jᵀ = −J. And X is never singular: from X v = 0 follow
+    vᵀX v = −‖P v‖²/2 = 0, so J v = 0, so v = 0. exact=False is the authors' R = I + S, that is X = J/t.
     """
-    wide = torch.float64 if C.device.type != "mps" else torch.float32  # a large C and E would cost R two of its digits
-    t = 1 / (C.norm() + E.norm() + 1e-6).clamp(min=1)
-    Z = E - C
-    U, V = t * torch.cat([Z, -C], 1), torch.cat([C, Z], 1)  # (out, 2 r_p) each
-    if not exact:
-        return U, V
-    U, I = U.to(wide), torch.eye(U.shape[1], dtype=wide, device=U.device)
-    inverse = torch.linalg.inv_ex(I - V.T.to(wide) @ U / 2)[0]  # (2 r_p, 2 r_p); inv would wait for the GPU to check it
-    return (U @ inverse).to(V.dtype), V
+    P = torch.cat([E - C, C], 1)  # (out, 2 r_p)
+    wide = P.double() if P.device.type != "mps" else P  # a large C and E would cost R two of its digits
+    I = torch.eye(P.shape[1], dtype=wide.dtype, device=P.device)
+    J = torch.cat([-I[len(I) // 2:], I[:len(I) // 2]])  # (2 r_p, 2 r_p)
+    X = J * (C.norm() + E.norm() + 1e-6).clamp(min=1)  # J / t
+    X = X - wide.T @ wide / 2 if exact else X
+    return torch.linalg.solve_ex(X, wide, left=False)[0].to(P.dtype), P  # solve would wait for the GPU to check it
 
 
 class OneProduct(torch.autograd.Function):
@@ -268,9 +266,9 @@ class OneProduct(torch.autograd.Function):
         x, W0, bias, d, B, A, y = ctx.saved_tensors
         dx = dy @ _weight(W0, d, B, A).to(dy.dtype) if ctx.needs_input_grad[0] else None
         dy, x = dy.flatten(0, -2), x.flatten(0, -2)  # (N, out), (N, in)
-        dB = dy.T @ (x @ A.T.to(x.dtype).contiguous())  # (out, k)
+        dB = (F.linear(x, A.to(x.dtype)).T @ dy).T  # (out, k)
         dA = (dy @ B.to(dy.dtype)).T @ x  # (k, in)
-        db = None if bias is None else dy.sum(0, dtype=B.dtype)  # (out,)
+        db = dy.sum(0, dtype=B.dtype) if bias is not None and (d is not None or bias.requires_grad) else None  # (out,)
         if d is None:
             return dx, None, db, None, dB, dA
         dd = (dy * y.flatten(0, -2)).sum(0, dtype=B.dtype) - (B * dB).sum(1) - (0 if bias is None else bias * db)
