@@ -98,21 +98,21 @@ def arguments():
     add("--alpha", type=number, default=32.0, help="the pair is scaled by alpha / r")
     add("--r-p", type=count, default=4, help="rank of the pair that spans SORA's rotation")
     add("--seeds", type=count, default=1, help="runs per method: more than one gives mean ± standard deviation")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    add("--device", default=str(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
+        help="cpu, cuda, cuda:1, mps, ...")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
         help="of the matrix products: auto is bfloat16 on CUDA, else float32")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the models")
     add("--save", metavar="DIR", default=None, help="for what is trained: adapters, of full and frozen the whole model")
     add("--json", metavar="FILE", default=None, help="for all rows and settings")
-    add("--sample", type=count, metavar="N", default=None, help="tokens of text by the base and by each tuned model")
+    add("--sample", type=count, metavar="N", default=0, help="tokens of text by the base and by each tuned model")
     p.error = lambda message: fail(f"{message} (--help lists all flags)")
     if p.parse_known_args()[0].init in sora.GPT2:
         p.set_defaults(**GPT2)
     args = p.parse_args()
     args.lr = rates(p.get_default("lr")) | args.lr
     with blame(f"--device {args.device}"):
-        automatic = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        args.device = torch.zeros(1, device=automatic if args.device == "auto" else args.device).device
+        args.device = torch.zeros(1, device=args.device).device
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device.type == "cuda" else "float32"
     with blame(f"--save {args.save}, --json {args.json}"):  # now, for it is too late when the work is done
@@ -179,8 +179,10 @@ class Run:
         groups = [{"params": [p for p in self.trained if (p.ndim > 1) == matrix], "weight_decay": 0.1 * matrix}
                   for matrix in (True, False)]  # no decay for biases, LayerNorms, d and m
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-        whole = not method.startswith("peft-")  # its DoRA cannot be compiled in one piece
-        self.forward = torch.compile(self.model, fullgraph=whole) if args.compile else self.model
+        self.forward = self.model
+        if args.compile:
+            torch._dynamo.config.recompile_limit = 1000  # peft's DoRA is compiled in pieces, anew for each layer
+            self.forward = torch.compile(self.model, fullgraph=not method.startswith("peft-"))
 
     def step(self, batch, rate):
         """One optimiser step on a batch (B, T + 1); its loss stays on the device, so that nothing waits for it."""
@@ -207,10 +209,8 @@ def evaluate(model, windows, args):
 
 
 def sample(model, windows, args):
-    """args.sample tokens after the first sixteen of the validation set."""
-    if args.sample:
-        generator = torch.Generator(args.device).manual_seed(0)
-        return model.generate(windows[:1, :16], args.sample, temperature=0.8, generator=generator)[0].tolist()
+    """The first sixteen tokens of the validation set and args.sample more."""
+    return model.generate(windows[:1, :16], args.sample, 0.8, torch.Generator(args.device).manual_seed(0))[0].tolist()
 
 
 def batches(data, seed, args):
@@ -230,9 +230,9 @@ def measure_speed(runs, data, args):
             start = time.perf_counter()
             run.step(batch, 0.0).item()  # waits for the device
             times[method].append(time.perf_counter() - start)
-    medians, tokens = {m: statistics.median(t[WARM_UP:]) for m, t in times.items()}, args.batch_size * args.block_size
-    return {m: {"ms": 1e3 * median, "speed": tokens / median, "relative": median / medians.get("frozen", math.nan)}
-            for m, median in medians.items()}
+    medians = {method: statistics.median(t[WARM_UP:]) for method, t in times.items()}
+    return {method: {"ms": 1e3 * s, "speed": batch[:, 1:].numel() / s, "relative": s / medians.get("frozen", math.nan)}
+            for method, s in medians.items()}
 
 
 def spectrum(base, model):
@@ -243,7 +243,7 @@ def spectrum(base, model):
             layer = model.get_submodule(name)
             W = layer.weight.detach()
             delta = layer.delta() if hasattr(layer, "delta") else (W - linear.weight.to(W.dtype)).float()
-            sigma = torch.linalg.svdvals(delta.cpu() if delta.device.type == "mps" else delta)
+            sigma = torch.linalg.svdvals(delta.cpu())
             points = (sigma / sigma[0]).clamp_min(FLOOR).log10()[torch.linspace(0, len(sigma) - 1, POINTS).long()]
             change = delta.norm() / linear.weight.norm()
             rows.append([change.item(), sora.svd_entropy(sigma, 2), sora.svd_entropy(sigma, 1), *points.tolist()])
@@ -322,13 +322,12 @@ def print_table(results):
     columns = [["method", *results], *([title, *(mean(rows, *form) for rows in results.values())]
                for title, form in COLUMNS.items()), ["spectrum", *map(sparkline, results.values())]]
     blocks = [[]]
-    for column in columns:
-        wide = max(map(len, column))
-        cells = [f"{cell:<{wide}}" if column[0] in ("method", "spectrum") else f"{cell:>{wide}}" for cell in column]
-        if sum(len(other[0]) + 2 for other in blocks[-1]) + wide > WIDTH:
+    for column in [column for column in columns if {*column[1:]} - {"-", ""}]:  # without empty ones
+        side = "<" if column[0] in ("method", "spectrum") else ">"
+        cells = [f"{cell:{side}{max(map(len, column))}}" for cell in column]
+        if len("  ".join(other[0] for other in [*blocks[-1], cells])) > WIDTH:
             blocks.append([blocks[0][0]])
-        if any(cell.strip("- ") for cell in cells[1:]):
-            blocks[-1].append(cells)
+        blocks[-1].append(cells)
     for block in blocks:
         say("\n" + "\n".join("  ".join(line).rstrip() for line in zip(*block)))
 
@@ -372,7 +371,7 @@ def main():
         print_table(results)
         say(LEGEND)
     for method, rows in results.items():
-        if rows[0].get("text"):
+        if args.sample and "text" in rows[0]:
             say(f"\n--- {method}\n{vocabulary.decode(rows[0]['text'])}")
 
 
