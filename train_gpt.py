@@ -225,7 +225,8 @@ def measure_speed(runs, data, args):
     times, batch = {method: [] for method in runs}, next(batches(data, 0, args))
     for i in range(WARM_UP + TIMED):
         if LIVE or i == 0:
-            say(f"measuring speed: {WARM_UP + TIMED - i} rounds, one step of each method in turn", live=True)
+            say(f"measuring speed: {WARM_UP + TIMED - i} rounds, one step of each method in turn"
+                + ", the first to compile them" * args.compile, live=True)
         for method, run in runs.items():
             start = time.perf_counter()
             run.step(batch, 0.0).item()  # waits for the device
