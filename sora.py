@@ -12,11 +12,12 @@ it: is it placed before or after the low-rank update B A is added, and what kind
     SORA       R (diag(d) W0 + sBA), RᵀR = I                before: diagonal, after: rotation  A B d C E
 
 where s = alpha / r is a number and ‖·‖row takes the norm of each row. The whole file rests on one identity: each of the
-four is a diagonal times W0 plus a low-rank product, of what we call its factors d⁺ (out,), B⁺ (out, k), A⁺ (k, in):
+four is a diagonal times W0 plus a low-rank product, of what we call its factors d⁺ (out,), B⁺ (out, k), A⁺ (k, in),
+with k = r, for SORA r + 2 r_p:
 
     W' = diag(d⁺) W0 + B⁺ A⁺      so that      y = W'x + b = d⁺ ⊙ (W0 x) + B⁺ (A⁺ x) + b
 
-One layer holds everything that follows from it (forward, delta, merge). A method is its extra parameters and a few
+One layer holds all that follows from it (forward, delta, merged_weight). A method is its extra parameters and a few
 lines that return (d⁺, B⁺, A⁺): in a hurry, read `DiagonalPlusLowRank.forward` and each class's `factors`.
 
 Glossary
@@ -27,7 +28,7 @@ Glossary
     m, g            m (out,): DoRA's magnitude, one per row of W'; g scales to it -
     d               d (out,): the diagonal that calibrates W0                     lora_Diag
     C, E, r_p       C, E (out, r_p): the pair that spans the rotation             lora_C, lora_D
-    P, X, K         P = [E − C, C], R = I + K Pᵀ the rotation, K = P X⁻¹           -
+    P, K            (out, 2 r_p), made of C and E: R = I + K Pᵀ is the rotation   -
 
 Use
     from sora import adapt, adapter_state_dict, load_adapter, merge
@@ -99,7 +100,7 @@ class DiagonalPlusLowRank(nn.Module):
         return None, self.s * self.B, self.A
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64  # which it leaves alone
         x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x  # once, for two products
         same = self.A.dtype == self.weight.dtype and (autocast or x.dtype == self.weight.dtype)
         with torch.autocast(x.device.type, enabled=False):  # the norms, the rotation and W' need the digits
@@ -156,7 +157,7 @@ class DoRALinear(DiagonalPlusLowRank):
     A, B           as in LoRA                     trained
     m   (out,)     ‖W0‖row                        trained
     w2  (out,)     ‖W0‖²row                       a buffer
-    Parameters: r (in + out) + out. Row i of W' has norm |m_i|.
+    Parameters: r (in + out) + out. Row i of W' has norm |m_i|, unless that of W0 + sBA is zero.
     ‖·‖row is one Euclidean norm per output row, and a constant to the gradient (DoRA paper, section 4.3). Where the
     usual code forms the matrix B A (out, in) for it in each pass, here it comes from
         ‖W0 + sBA‖²row = ‖W0‖²row + rowsum(sB ⊙ (2 W0 Aᵀ + sB A Aᵀ))
@@ -225,17 +226,17 @@ class SORALinear(PreDiagLinear):
 def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """(K, P), both (out, 2 r_p), of the rotation R = I + K Pᵀ that the pair C, E (out, r_p) spans.
 
-    S = t (E Cᵀ − C Eᵀ) is skew (Sᵀ = −S); t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)) slows its growth. With P = [E − C, C] and
-    J = (0 −I; I 0), whose inverse is −J, it is S = t P J⁻¹ Pᵀ, for C Cᵀ cancels: exactly 0 at the start, where E = C.
+    S = t (E Cᵀ − C Eᵀ) is skew (Sᵀ = −S); t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)), of Frobenius norms, slows its growth.
+    With P = [E − C, C] and J = (0 −I; I 0), whose inverse is −J, S = t P J⁻¹ Pᵀ: C Cᵀ cancels, and S is 0 where E = C.
     Cayley's transform of S is a low-rank change of I (push P through the inverse), with X only 2r_p × 2r_p:
 
         R = (I − S/2)⁻¹ (I + S/2) = I + (I − S/2)⁻¹ S = I + P X⁻¹ Pᵀ      with X = J/t − PᵀP/2,  so K = P X⁻¹
 
-    It is orthogonal, RᵀR = I + P X⁻ᵀ (X + Xᵀ + PᵀP) X⁻¹ Pᵀ = I, as Jᵀ = −J. And X is never singular: from X v = 0 follow
-    vᵀX v = −‖P v‖²/2 = 0, so J v = 0, so v = 0. exact=False is the authors' R = I + S, that is X = J/t.
+    It is orthogonal, RᵀR = I + P X⁻ᵀ (X + Xᵀ + PᵀP) X⁻¹ Pᵀ = I, as Jᵀ = −J. And X is never singular: X v = 0 means
+    0 = vᵀX v = −‖P v‖²/2, so P v = 0, so J v = 0, so v = 0. exact=False is the authors' R = I + S, that is X = J/t.
     """
     P = torch.cat([E - C, C], 1)  # (out, 2 r_p)
-    wide = P.double() if P.device.type != "mps" else P  # a large C and E would cost R two of its digits
+    wide = P.double() if P.device.type != "mps" else P  # in float32 R could lose two digits, or more
     I = torch.eye(P.shape[1], dtype=wide.dtype, device=P.device)
     J = torch.cat([-I[len(I) // 2:], I[:len(I) // 2]])  # (2 r_p, 2 r_p)
     X = J * (C.norm() + E.norm() + 1e-6).clamp(min=1)  # J / t
@@ -246,12 +247,12 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple[torc
 class OneProduct(torch.autograd.Function):
     """The same y = W'x + b for many tokens: W' is built first, so that x meets one matrix and y is written once.
 
-    The backward pass forms no gradient of W' (out, in). For N tokens, and with d, B, A standing for d⁺, B⁺, A⁺:
+    The backward pass forms no gradient of W' (out, in). x, y have a row a token; d, B, A stand for d⁺, B⁺, A⁺:
         dx = dy W'      db = colsum(dy)      dB = dyᵀ (x Aᵀ)      dA = (dy B)ᵀ x
         d ⊙ dd = colsum(dy ⊙ y) − rowsum(B ⊙ dB) − b ⊙ db
     The last is Euler's identity, as y_i is linear in (d_i, B_i, b_i). It saves W0 x, but costs dd digits where d W0 x
-    is a small part of y, and leaves dd at 0 where |d| < 1e-6. W' is built twice instead of kept. Under autocast it is
-    rounded as any weight in training is. Not on a bfloat16 base: rounding W' to its own grid would undo small updates.
+    is a small part of y, leaves dd at 0 where |d| < 1e-6, and has no second derivative. W' is built twice, not kept;
+    under autocast it is rounded as any weight is. On a bfloat16 base that rounding would undo small updates: not there.
     """
 
     @staticmethod
@@ -262,6 +263,7 @@ class OneProduct(torch.autograd.Function):
         return y if d is None else torch.ops.aten._lazy_clone(y)  # copied once someone changes it in place, if ever
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, W0, bias, d, B, A, y = ctx.saved_tensors
         dx = dy @ _weight(W0, d, B, A).to(dy.dtype) if ctx.needs_input_grad[0] else None

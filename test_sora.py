@@ -274,12 +274,12 @@ def test_forward_forms_no_dense_update(method):
 def test_rotation_by_hand():
     """C = (1, 0)ᵀ and E = (0, 1)ᵀ: t = 1/2, S = ((0, −1/2), (1/2, 0)), and Cayley turns the plane by 2 arctan 1/4."""
     C, E = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]])
-    K, V = rotation(C, E)
-    R = torch.eye(2) + K @ V.T
+    K, P = rotation(C, E)
+    R = torch.eye(2) + K @ P.T
     torch.testing.assert_close(R, torch.tensor([[15.0, -8.0], [8.0, 15.0]]) / 17, rtol=0, atol=1e-6)
     assert math.degrees(math.atan2(R[1, 0], R[0, 0])) == pytest.approx(2 * math.degrees(math.atan(1 / 4)), abs=1e-4)
-    K, V = rotation(C, E, exact=False)
-    torch.testing.assert_close(torch.eye(2) + K @ V.T, torch.tensor([[1.0, -0.5], [0.5, 1.0]]), rtol=0, atol=1e-6)
+    K, P = rotation(C, E, exact=False)
+    torch.testing.assert_close(torch.eye(2) + K @ P.T, torch.tensor([[1.0, -0.5], [0.5, 1.0]]), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("size, apart, n_out, r_p", [*product([0, 1, 100], [1e-3, 1, None], [8, 64, 500], [1, 4])])
@@ -289,9 +289,9 @@ def test_rotation_is_orthogonal(size, apart, n_out, r_p):
     noise = torch.randn(n_out, r_p, generator=rng()) * layer.C.std()
     C = layer.C.detach() * size
     E = size * noise if apart is None else C + size * apart * noise
-    K, V = (f.double() for f in rotation(C, E))
+    K, P = (f.double() for f in rotation(C, E))
     I = torch.eye(n_out, dtype=torch.float64)
-    R = I + K @ V.T
+    R = I + K @ P.T
     assert (R.T @ R - I).abs().max() < 1e-6
     assert not size or (R - I).norm() > (1e-4 if apart == 1e-3 else 1e-1)
 
@@ -301,14 +301,14 @@ def test_small_C_and_E_are_not_scaled():
     S, I = E @ C.T - C @ E.T, torch.eye(5, dtype=torch.float64)
     assert C.norm() + E.norm() < 1
     for exact, R in [(True, torch.linalg.solve(I - S / 2, I + S / 2)), (False, I + S)]:
-        K, V = rotation(C, E, exact)
-        torch.testing.assert_close(I + K @ V.T, R, rtol=1e-12, atol=1e-12)
+        K, P = rotation(C, E, exact)
+        torch.testing.assert_close(I + K @ P.T, R, rtol=1e-12, atol=1e-12)
 
 
 def test_the_first_order_rotation_only_stretches():
     C, E = torch.randn(2, 6, 2, dtype=torch.float64, generator=rng())
-    K, V = rotation(C, E, exact=False)
-    S, I = K @ V.T, torch.eye(6, dtype=torch.float64)
+    K, P = rotation(C, E, exact=False)
+    S, I = K @ P.T, torch.eye(6, dtype=torch.float64)
     torch.testing.assert_close(S.T, -S)
     torch.testing.assert_close((I + S).T @ (I + S), I - S @ S)
     assert torch.linalg.svdvals(I + S).min() > 1 - 1e-12 and torch.linalg.svdvals(I + S).max() > 1.01
@@ -644,6 +644,31 @@ def test_a_small_diagonal_survives_bfloat16(base):
         nn.init.constant_(layer.d, 1.002)
         slope = ((layer(x).double() - before) * y).sum() / (y * y).sum()  # what d - 1 seems to be
     assert abs(slope - 0.002) < 1e-4
+
+
+@ALL
+@FORMS
+def test_second_derivatives_are_right_or_refused(method, many, monkeypatch):
+    monkeypatch.setattr(sora, "MANY", many)
+    layer, x = trained(METHODS[method](linear(), r=2, r_p=2)), torch.randn(4, 7, dtype=torch.float64, generator=rng())
+    gradients = torch.autograd.grad(layer(x.requires_grad_()).square().sum(), x, create_graph=True)
+    if many == 1:
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradients[0].square().sum().backward()
+    else:  # y = W'x + b, of which ‖y‖² has the gradient 2 W'ᵀ y, and its square norm the gradient 2 H 2 W'ᵀ y
+        W = layer.merged_weight()
+        second, = torch.autograd.grad(gradients[0].square().sum(), x)
+        torch.testing.assert_close(second, 2 * gradients[0] @ (2 * W.T @ W))
+
+
+@ALL
+@FORMS
+def test_autocast_leaves_float64_alone(method, many, monkeypatch):
+    monkeypatch.setattr(sora, "MANY", many)
+    base = linear()
+    layer, x = METHODS[method](base, r=2, r_p=2), torch.randn(4, 7, dtype=torch.float64, generator=rng())
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x), base(x))
 
 
 @ALL
