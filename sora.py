@@ -237,8 +237,8 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple[torc
     """
     P = torch.cat([E - C, C], 1)  # (out, 2 r_p)
     wide = P.double() if P.device.type != "mps" else P  # in float32 R could lose two digits, or more
-    I = torch.eye(P.shape[1], dtype=wide.dtype, device=P.device)
-    J = torch.cat([-I[len(I) // 2:], I[:len(I) // 2]])  # (2 r_p, 2 r_p)
+    I, r_p = torch.eye(P.shape[1], dtype=wide.dtype, device=P.device), C.shape[1]
+    J = torch.cat([-I[r_p:], I[:r_p]])  # (2 r_p, 2 r_p)
     X = J * (C.norm() + E.norm() + 1e-6).clamp(min=1)  # J / t
     X = X - wide.T @ wide / 2 if exact else X
     return torch.linalg.solve_ex(X, wide, left=False)[0].to(P.dtype), P  # solve would wait for the GPU to check it

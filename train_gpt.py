@@ -181,7 +181,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         self.forward = self.model
         if args.compile:
-            torch._dynamo.config.recompile_limit = 1000  # peft's DoRA is compiled in pieces, anew for each layer
+            torch._dynamo.config.recompile_limit = 1000  # peft's DoRA, in pieces, fills the cache that all share
             self.forward = torch.compile(self.model, fullgraph=not method.startswith("peft-"))
 
     def step(self, batch, rate):
@@ -209,8 +209,9 @@ def evaluate(model, windows, args):
 
 
 def sample(model, windows, args):
-    """The first sixteen tokens of the validation set and args.sample more."""
-    return model.generate(windows[:1, :16], args.sample, 0.8, torch.Generator(args.device).manual_seed(0))[0].tolist()
+    """The first sixteen tokens of the validation set and args.sample more, where some are asked for."""
+    generator = torch.Generator(args.device).manual_seed(0)
+    return args.sample and model.generate(windows[:1, :16], args.sample, 0.8, generator)[0].tolist()
 
 
 def batches(data, seed, args):
@@ -372,7 +373,7 @@ def main():
         print_table(results)
         say(LEGEND)
     for method, rows in results.items():
-        if args.sample and "text" in rows[0]:
+        if rows[0].get("text"):
             say(f"\n--- {method}\n{vocabulary.decode(rows[0]['text'])}")
 
 
