@@ -11,30 +11,51 @@ it: is it placed before or after the low-rank update B A is added, and what kind
     Pre-Diag   diag(d) W0 + sBA                             before: diagonal                   A B d
     SORA       R (diag(d) W0 + sBA), RᵀR = I                before: diagonal, after: rotation  A B d C E
 
-where s = alpha / r is a number and ‖·‖row takes the norm of each row. The whole file rests on one identity: each of the
-four is a diagonal times W0 plus a low-rank product, of what we call its factors d⁺ (out,), B⁺ (out, k), A⁺ (k, in),
-with k = r, for SORA r + 2 r_p:
+where s = alpha / r is a number and ‖·‖row takes the norm of each row.
 
-    W' = diag(d⁺) W0 + B⁺ A⁺      so that      y = W'x + b = d⁺ ⊙ (W0 x) + B⁺ (A⁺ x) + b
+Why entropy: full fine-tuning changes a weight a little in every direction, LoRA in r directions only. How evenly an
+update W' − W0 is spread over its directions is told by the entropy of its singular values (`svd_entropy`). The paper
+finds it higher for DoRA than for LoRA, and holds this to be why DoRA does better: (diag(g) − 1) W0 has full rank.
+Why before: placed after, as in DoRA, the diagonal rescales BA as well, and DoRA's g hangs on a norm that moves with BA;
+placed before, d calibrates W0 and leaves BA alone. Why rotate: a diagonal only stretches each output feature, a
+rotation mixes them; it turns the columns of the calibrated weight and keeps their lengths and angles.
 
-One layer holds all that follows from it (forward, delta, merged_weight). A method is its extra parameters and a few
-lines that return (d⁺, B⁺, A⁺): in a hurry, read `DiagonalPlusLowRank.forward` and each class's `factors`.
+The file rests on one identity. Each of the four is a diagonal times W0 plus a product of low rank k, and we call
+g (out,), U (out, k) and V (k, in) its factors:
+
+    W' = diag(g) W0 + U V        so that        y = W'x + b = g ⊙ (W0 x) + U (V x) + b
+
+    method     g                       U             V                                 k
+    LoRA       1                       sB            A                                 r
+    DoRA       m / ‖W0 + sBA‖row       g ⊙ sB        A                                 r
+    Pre-Diag   d                       sB            A                                 r
+    SORA       d                       [ sB , K ]    [ A ; Pᵀ(diag(d) W0 + sBA) ]      r + 2 r_p
+
+The first three are their formula with the brackets multiplied out. For SORA the rotation is written R = I + K Pᵀ, with
+K and P (out, 2 r_p) made of C and E (see `rotation`), and acts on M = diag(d) W0 + sBA:
+
+    R M = M + K (Pᵀ M) = diag(d) W0 + (sB) A + K (Pᵀ M)        two products, stacked into one: the last row
+
+So one layer holds all that follows (forward, delta, merged_weight), and a method is its extra parameters and a few
+lines that return (g, U, V). In a hurry, read `DiagonalPlusLowRank.forward` and each class's `factors`.
 
 Glossary
     here            in the formulas                                               in the authors' code
     weight          W0 (out, in), frozen                                          base_layer.weight
     A, B            A (r, in), B (out, r): the low-rank pair                      lora_A, lora_B
     r, alpha, s     rank of B A; s = alpha / r scales it                          r, lora_alpha, scaling
-    m, g            m (out,): DoRA's magnitude, one per row of W'; g scales to it -
+    m               m (out,): DoRA's magnitude, the norm of each row of W'        -
     d               d (out,): the diagonal that calibrates W0                     lora_Diag
     C, E, r_p       C, E (out, r_p): the pair that spans the rotation             lora_C, lora_D
-    P, K            (out, 2 r_p), made of C and E: R = I + K Pᵀ is the rotation   -
+    P, K            P, K (out, 2 r_p), made of C and E: R = I + K Pᵀ              -
+    x ⊙ y, [x , y], [x ; y]    elementwise product; side by side; one above the other
 
 Use
     from sora import adapt, adapter_state_dict, load_adapter, merge
     adapt(model, "sora", r=16, alpha=32, r_p=4)            # freezes model, replaces its nn.Linear layers in place
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
-    ...                                                    # your training loop; decay would pull d to 0, not to 1
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0)    # tune lr; decay would pull d to 0, not to 1
+    ...                                                    # your training loop
     torch.save(adapter_state_dict(model), "sora.pt")       # only what was trained
     load_adapter(fresh_model, torch.load("sora.pt"))       # on the same base, in another process
     merge(model)                                           # plain layers again, no cost at inference
@@ -46,100 +67,96 @@ References: LoRA, Hu et al. 2021, arXiv 2106.09685; DoRA, Liu et al. 2024, arXiv
 al. 2025, arXiv 2511.00051, code in MaeChd/SORA, peft/tuners/sora/layer.py; entropy, Roy & Vetterli 2007 (p = σ/Σσ) and
 Alter et al. 2000 (p = σ²/Σσ²); GPT-2, Radford et al. 2019, with the layout and names of Karpathy's nanoGPT.
 """
-import ctypes
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint as recompute
 
-# ---- The method: one layer, four ways to fill it
-
-KINDS = ("<class 'torch.nn.modules.linear.Linear'>", "<class 'transformers.pytorch_utils.Conv1D'>")  # can be adapted
-MANY = 512  # tokens from which OneProduct wins: measured forward and backward on two CPU cores, at widths 128 to 3072
+# ======== The method: one layer, four ways to fill it, and the rotation
 
 
 class DiagonalPlusLowRank(nn.Module):
-    """A frozen linear layer, conditioned: y = d⁺ ⊙ (W0 x) + B⁺ (A⁺ x) + b. The methods below say what d⁺, B⁺, A⁺ are.
+    """A frozen linear layer, conditioned: y = g ⊙ (W0 x) + U (V x) + b. Each method says what its g, U and V are.
 
-    linear     the nn.Linear, or Conv1D of transformers, to adapt: it stays as it is, its memory is shared, not copied
+    linear     the nn.Linear to adapt: it stays as it is, its memory is shared, not copied
     r, alpha   rank of the low-rank pair, 1 ≤ r ≤ min(in, out), and its scale s = alpha / r
     r_p        for SORA: rank of each of C and E, at least 1
     exact      for SORA: the exact rotation, or the authors' first-order one
 
     x (..., in) -> y (..., out), in the dtype that nn.Linear gives. The adapter is float32, under autocast and after
     `.to(bfloat16)` too, and float64 on a float64 base. The bias is never conditioned. Raises ValueError for a rank out
-    of range, TypeError for any other layer, quantised ones included.
+    of range, TypeError for a layer that cannot be adapted (see `weight_and_bias`).
     """
 
     def __init__(self, linear: nn.Linear, r: int = 16, alpha: float = 32, r_p: int = 4, exact: bool = True):
         super().__init__()
-        kind, hooks = type(linear), linear._forward_hooks or linear._forward_pre_hooks  # as of pruning, weight norm
-        if str(kind) not in KINDS or hooks or not linear.weight.is_floating_point() or linear.weight.itemsize == 1:
-            raise TypeError(f"{linear} is no plain floating-point nn.Linear without hooks: choose other targets")
-        if not 1 <= r <= min(linear.weight.shape):
-            raise ValueError(f"r={r} is outside 1..{min(linear.weight.shape)}: choose another r, or not {linear}")
-        if r_p < 1:
-            raise ValueError(f"r_p={r_p} is below 1: choose a larger one")
-        self.kind, self.r, self.alpha, self.r_p, self.exact, self.s = kind, r, alpha, r_p, exact, alpha / r
-        self.weight = nn.Parameter(linear.weight if kind is nn.Linear else linear.weight.T, requires_grad=False)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias, requires_grad=False)  # (out,) or None
-        self.out_features, self.in_features = self.weight.shape  # W0 (out, in)
-        A = self.weight.new_empty(r, self.in_features, dtype=torch.promote_types(self.weight.dtype, torch.float32))
-        self.A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))  # (r, in)
-        self.B = nn.Parameter(A.new_zeros(self.out_features, r))  # (out, r), zero: W' = W0 at the start
+        weight, bias = weight_and_bias(linear)
+        self.kind = type(linear)  # which merging gives back
+        self.out_features, self.in_features = weight.shape
+        if not 1 <= r <= min(weight.shape):
+            raise ValueError(f"r={r} is outside 1..{min(weight.shape)}: choose another r, or not {linear}")
+        self.r, self.alpha, self.s = r, alpha, alpha / r
+        self.r_p, self.exact = r_p, exact
+
+        self.weight = nn.Parameter(weight, requires_grad=False)  # W0 (out, in)
+        self.bias = None
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)  # b (out,)
+        self.create_parameters()
         self.train(linear.training)
 
+    def create_parameters(self):
+        """A and B, to which a method adds its own: such that W' = W0 at the start, yet gradients are not all zero."""
+        self.A = self.new_parameter(self.r, self.in_features)
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as nn.Linear starts
+        self.B = self.new_parameter(self.out_features, self.r)  # zeros
+
+    def new_parameter(self, *shape):
+        return nn.Parameter(self.weight.new_zeros(shape, dtype=wide_dtype(self.weight)))
+
     def factors(self):
-        """(d⁺, B⁺, A⁺): (out,) or None for ones, (out, k), (k, in). Here: no conditioning, W' = W0 + sBA."""
+        """(g, U, V): (out,) or None for ones, (out, k), (k, in). Here: no conditioning, W' = W0 + sBA."""
         return None, self.s * self.B, self.A
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64  # which it leaves alone
-        x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x  # once, for two products
-        same = self.A.dtype == self.weight.dtype and (autocast or x.dtype == self.weight.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # the norms, the rotation and W' need the digits
-            d, B, A = self.factors()
-            if same and x.numel() >= MANY * self.in_features and not self.weight.requires_grad:
-                return OneProduct.apply(x, self.weight, self.bias, d, B, A)  # the same as below, at a lower price
-        low = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype), self.bias)  # (..., out)
-        y = F.linear(x, self.weight)  # (..., out)
-        return low + y if d is None else (y * d).add_(low).to(y.dtype)  # d stays wide: in bfloat16 1.001 would be 1
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """y = g ⊙ (W0 x) + U (V x) + b, as it stands below. Many tokens, so most training, take `OneProduct` instead:
+        the same y for less time. Skip it at first, and the helpers: the section after the method explains them."""
+        x = as_autocast_would(input)  # (..., in)
+        g, U, V = full_precision_factors(self)
+        if one_product_pays(self, x):
+            return OneProduct.apply(x, self.weight, self.bias, g, U, V)
+
+        U, V = U.to(x.dtype), V.to(x.dtype)  # but not g: in bfloat16 1.001 would be 1
+        Wx = F.linear(x, self.weight)  # (..., out)
+        UVx = F.linear(F.linear(x, V), U, self.bias)  # (..., out), plus b
+        if g is None:
+            return Wx + UVx
+        return torch.addcmul(UVx, g, Wx).to(Wx.dtype)  # g ⊙ Wx + UVx
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
         """W' − W0 (out, in) in the adapter's dtype, put together without forming W' and its rounding."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            d, B, A = self.factors()
-            return B @ A if d is None else (d - 1)[:, None] * self.weight + B @ A
+        g, U, V = full_precision_factors(self)
+        if g is None:
+            return U @ V
+        return (g - 1)[:, None] * self.weight + U @ V
 
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """W' (out, in), in W0's dtype; bit for bit W0 as long as nothing has been trained."""
         return (self.weight + self.delta()).to(self.weight.dtype)
 
-    def plain(self, weight: torch.Tensor, keep: bool = False) -> nn.Module:
-        """A frozen layer of the kind that was adapted, with this weight (out, in) and b; with keep it holds W0 too."""
-        linear = self.kind is nn.Linear
-        with torch.device("meta"):
-            layer = self.kind(*weight.shape[::-1 if linear else 1])
-        layer.weight, layer.bias = nn.Parameter(weight if linear else weight.T.contiguous()), self.bias
-        if keep:
-            layer.register_buffer("W0", self.plain(self.weight).weight.detach(), persistent=False)
-        return layer.train(self.training).requires_grad_(False)
-
-    def _apply(self, fn, recurse=True):
-        """What `.to()` runs. `.to(bfloat16)` casts W0 and b alone: with 8 bits of mantissa training would stall."""
-        base = {id(self.weight), id(self.bias)}
-        return super()._apply(lambda p: fn(p) if id(p) in base or fn(p).itemsize >= 4 else p.to(fn(p).device), recurse)
-
     def extra_repr(self):
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, r={self.r}, alpha={self.alpha}"
+        return f"{self.in_features}, {self.out_features}, r={self.r}, alpha={self.alpha}"
+
+    def _apply(self, fn, recurse=True):  # what .to(), .cuda(), .half(), ... call
+        return super()._apply(sparing_the_adapter(self, fn), recurse)
 
 
 class LoRALinear(DiagonalPlusLowRank):
@@ -150,33 +167,37 @@ class LoRALinear(DiagonalPlusLowRank):
     Parameters: r (in + out). No conditioning: this is the shared layer as it stands.
     """
 
+    method = "lora"
+
 
 class DoRALinear(DiagonalPlusLowRank):
     """DoRA in matrix form (Liu et al. 2024; Chang et al. 2025):    W' = diag(g) (W0 + sBA),  g = m / ‖W0 + sBA‖row
 
     A, B           as in LoRA                     trained
     m   (out,)     ‖W0‖row                        trained
-    w2  (out,)     ‖W0‖²row                       a buffer
     Parameters: r (in + out) + out. Row i of W' has norm |m_i|, unless that of W0 + sBA is zero.
-    ‖·‖row is one Euclidean norm per output row, and a constant to the gradient (DoRA paper, section 4.3). Where the
-    usual code forms the matrix B A (out, in) for it in each pass, here it comes from
-        ‖W0 + sBA‖²row = ‖W0‖²row + rowsum(sB ⊙ (2 W0 Aᵀ + sB A Aᵀ))
-    which loses digits where sBA all but cancels W0.
+    ‖·‖row is one Euclidean norm per output row, and a constant to the gradient (DoRA paper, section 4.3). W0 + sBA is
+    formed for it, for a moment in each pass, and not expanded into smaller products, which would lose the digits where
+    sBA all but cancels W0. A row's norm counts as 1e-19 at least, whose square float32 can still hold.
     """
 
-    def __init__(self, linear: nn.Linear, *args, **kwargs):
-        super().__init__(linear, *args, **kwargs)
-        norm = torch.linalg.vector_norm(self.weight, dim=1, dtype=self.A.dtype)  # (out,)
-        self.m = nn.Parameter(norm)
-        self.register_buffer("w2", norm.square())
+    method = "dora"
+
+    def create_parameters(self):
+        super().create_parameters()
+        self.m = nn.Parameter(row_norms(self.weight.to(self.A.dtype)))  # (out,)
 
     def factors(self):
-        _, sB, A = super().factors()
+        sB = self.s * self.B
         with torch.no_grad():
-            WA = F.linear(self.weight, A.to(self.weight.dtype)).to(A.dtype)  # (out, r): W0 Aᵀ
-            norm2 = self.w2 + (sB * torch.addmm(WA, sB, A @ A.T, beta=2)).sum(1)  # (out,)
-        g = self.m / norm2.clamp_min(torch.finfo(norm2.dtype).tiny).sqrt()  # (out,), finite also for a row of zeros
-        return g, g[:, None] * sB, A
+            norms = row_norms(torch.addmm(self.weight.to(sB.dtype), sB, self.A))  # (out,): of W0 + sBA
+        g = self.m / norms
+        return g, g[:, None] * sB, self.A
+
+
+def row_norms(W):
+    """‖W‖row (out,), but at least 1e-19, so that one can divide by it."""
+    return torch.linalg.vector_norm(W, dim=1).clamp_min(1e-19)
 
 
 class PreDiagLinear(DiagonalPlusLowRank):
@@ -187,13 +208,15 @@ class PreDiagLinear(DiagonalPlusLowRank):
     Parameters: r (in + out) + out. The authors' layer scales the bias by d too; here only the weight is conditioned.
     """
 
-    def __init__(self, linear: nn.Linear, *args, **kwargs):
-        super().__init__(linear, *args, **kwargs)
-        self.d = nn.Parameter(self.A.new_ones(self.out_features))  # 1-D: no weight decay where that goes by dimension
+    method = "prediag"
+
+    def create_parameters(self):
+        super().create_parameters()
+        self.d = self.new_parameter(self.out_features)  # 1-D, like a bias: mostly spared from weight decay
+        nn.init.ones_(self.d)
 
     def factors(self):
-        _, sB, A = super().factors()
-        return self.d, sB, A
+        return self.d, self.s * self.B, self.A
 
 
 class SORALinear(PreDiagLinear):
@@ -202,91 +225,204 @@ class SORALinear(PreDiagLinear):
     A, B, d               as in Pre-Diag                                            trained
     C   (out, r_p)        kaiming_uniform(a=√5, mode="fan_out")                     trained
     E   (out, r_p)        a copy of C: R = I, yet neither has a gradient of zero    trained
-    Parameters: r (in + out) + out + 2 r_p out. R = I + K Pᵀ (see `rotation`), so that
-        W' = diag(d) W0 + [sB, K] [A ; Pᵀ (diag(d) W0 + sBA)]
-    is of the same form again. A token costs what it costs Pre-Diag at rank r + 2 r_p; K and Pᵀ W0 come once per pass.
+    Parameters: r (in + out) + out + 2 r_p out. With R = I + K Pᵀ (see `rotation`) and M = diag(d) W0 + sBA,
+        W' = M + K (Pᵀ M) = diag(d) W0 + [sB , K] [A ; Pᵀ M]
+    A token costs what it costs Pre-Diag at rank r + 2 r_p; K and Pᵀ M come once a pass, however many tokens there are.
+    Raises ValueError for r_p < 1.
 
     Where we differ from the authors' layer, on purpose:
-    - theirs is R = I + S, only first-order orthogonal: RᵀR = I − S², so norms can only grow (exact=False gives it);
+    - theirs is R = I + S with S skew (see `rotation`): RᵀR = I − S², so norms can only grow; exact=False gives it;
     - theirs scales and rotates the bias too, and leaves I out of the merged weight: a fresh adapter merges to zero.
     """
 
-    def __init__(self, linear: nn.Linear, *args, **kwargs):
-        super().__init__(linear, *args, **kwargs)
-        C = nn.init.kaiming_uniform_(self.A.new_empty(self.out_features, self.r_p), a=math.sqrt(5), mode="fan_out")
-        self.C, self.E = nn.Parameter(C), nn.Parameter(C.clone())
+    method = "sora"
+
+    def create_parameters(self):
+        super().create_parameters()
+        if self.r_p < 1:
+            raise ValueError(f"r_p={self.r_p} is below 1: choose a larger one")
+        self.C = self.new_parameter(self.out_features, self.r_p)
+        nn.init.kaiming_uniform_(self.C, a=math.sqrt(5), mode="fan_out")
+        self.E = nn.Parameter(self.C.detach().clone())
 
     def factors(self):
-        d, sB, A = super().factors()
+        sB = self.s * self.B
         K, P = rotation(self.C, self.E, self.exact)  # (out, 2 r_p) each
-        PW = ((d[:, None] * P).T.to(self.weight.dtype) @ self.weight).to(A.dtype) + (P.T @ sB) @ A  # (2 r_p, in)
-        return d, torch.cat([sB, K], 1), torch.cat([A, PW])  # (out,), (out, r + 2 r_p), (r + 2 r_p, in)
+        PW = product((self.d[:, None] * P).T, self.weight)  # (2 r_p, in): Pᵀ diag(d) W0
+        PM = PW + (P.T @ sB) @ self.A  # (2 r_p, in): Pᵀ (diag(d) W0 + sBA)
+
+        U = torch.cat([sB, K], 1)  # (out, r + 2 r_p)
+        V = torch.cat([self.A, PM])  # (r + 2 r_p, in)
+        return self.d, U, V
 
 
-def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+METHODS = {cls.method: cls for cls in (LoRALinear, DoRALinear, PreDiagLinear, SORALinear)}
+
+
+def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
     """(K, P), both (out, 2 r_p), of the rotation R = I + K Pᵀ that the pair C, E (out, r_p) spans.
 
-    S = t (E Cᵀ − C Eᵀ) is skew (Sᵀ = −S); t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)), of Frobenius norms, slows its growth.
-    With P = [E − C, C] and J = (0 −I; I 0), whose inverse is −J, S = t P J⁻¹ Pᵀ: C Cᵀ cancels, and S is 0 where E = C.
-    Cayley's transform of S is a low-rank change of I (push P through the inverse), with X only 2r_p × 2r_p:
+    S = t (E Cᵀ − C Eᵀ) is skew (Sᵀ = −S), with t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)), of Frobenius norms. t is the
+    authors': without it S would grow as the square of C and E, with it S grows linearly; it is no bound on S. R is the
+    Cayley transform of S,
 
-        R = (I − S/2)⁻¹ (I + S/2) = I + (I − S/2)⁻¹ S = I + P X⁻¹ Pᵀ      with X = J/t − PᵀP/2,  so K = P X⁻¹
+        R = (I − S/2)⁻¹ (I + S/2) = I + S + S²/2 + ...
 
-    It is orthogonal, RᵀR = I + P X⁻ᵀ (X + Xᵀ + PᵀP) X⁻¹ Pᵀ = I, as Jᵀ = −J. And X is never singular: X v = 0 means
-    0 = vᵀX v = −‖P v‖²/2, so P v = 0, so J v = 0, so v = 0. exact=False is the authors' R = I + S, that is X = J/t.
+    which is orthogonal for every S; the authors' layer stops after S, and exact=False gives theirs.
+
+    S has rank 2 r_p at most, so R costs no more than the inverse of a matrix of that size. With P = [E − C , C] and
+    J = (0 −I; I 0), whose inverse is (0 I; −I 0),
+
+        P J⁻¹ Pᵀ = (E − C) Cᵀ − C (E − C)ᵀ = E Cᵀ − C Eᵀ        so        S = P Q Pᵀ  with  Q = t J⁻¹,  Q⁻¹ = J/t
+
+    From (I − S/2) P = P − P Q PᵀP/2 = P Q (Q⁻¹ − PᵀP/2) follows
+
+        (I − S/2)⁻¹ P Q = P (Q⁻¹ − PᵀP/2)⁻¹ = P X⁻¹        with        X = J/t − PᵀP/2,  (2 r_p, 2 r_p)
+
+    and therefore, as I + S/2 = (I − S/2) + S,
+
+        R = I + (I − S/2)⁻¹ S = I + (I − S/2)⁻¹ P Q Pᵀ = I + P X⁻¹ Pᵀ        so        K = P X⁻¹
+
+    R is orthogonal: RᵀR = I + P X⁻ᵀ (X + Xᵀ + PᵀP) X⁻¹ Pᵀ = I, as Jᵀ = −J. X is never singular: X v = 0 means
+    0 = vᵀX v = −‖P v‖²/2, so P v = 0, so J v = 0, so v = 0. For the authors' R = I + S, X = J/t. And P = [E , C] would
+    give the same S, but as E starts as a copy of C, ours starts as P = [0 , C] and K = [−tC , 0]: then K Pᵀ is exactly
+    0, and W' = W0 bit for bit.
     """
     P = torch.cat([E - C, C], 1)  # (out, 2 r_p)
-    wide = P.double() if P.device.type != "mps" else P  # in float32 R could lose two digits, or more
-    I, r_p = torch.eye(P.shape[1], dtype=wide.dtype, device=P.device), C.shape[1]
+    wide = P if P.device.type == "mps" else P.double()  # for large C and E float32 would lose digits of RᵀR = I
+    I = torch.eye(P.shape[1], dtype=wide.dtype, device=P.device)
+    r_p = C.shape[1]
     J = torch.cat([-I[r_p:], I[:r_p]])  # (2 r_p, 2 r_p)
-    X = J * (C.norm() + E.norm() + 1e-6).clamp(min=1)  # J / t
-    X = X - wide.T @ wide / 2 if exact else X
-    return torch.linalg.solve_ex(X, wide, left=False)[0].to(P.dtype), P  # solve would wait for the GPU to check it
+
+    one_over_t = (C.norm() + E.norm() + 1e-6).clamp(min=1)
+    X = J * one_over_t
+    if exact:
+        X = X - wide.T @ wide / 2
+    inverse, _ = torch.linalg.inv_ex(X)  # unlike inv, it does not wait for the GPU to check it
+    return (wide @ inverse).to(P.dtype), P
+
+
+# ======== The right digits, and the same numbers for less time: nothing in this section changes what is computed
+
+
+def wide_dtype(weight):
+    """The dtype of what is trained: with bfloat16's 8 bits of mantissa training would stall."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def product(X, W):
+    """X W, computed in W's dtype and given back in X's: a bfloat16 W0 is not copied to a wide one, and X gets about the
+    rounding that W0 has itself."""
+    return (X.to(W.dtype) @ W).to(X.dtype)
+
+
+def as_autocast_would(x):
+    """x, cast once where under autocast each product would cast it anew. (Autocast leaves float64 alone.)"""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def full_precision_factors(layer):
+    """The factors in the adapter's dtype, also under autocast: the norms and the rotation need the digits."""
+    with torch.autocast(layer.weight.device.type, enabled=False):
+        return layer.factors()
+
+
+def sparing_the_adapter(layer, fn):
+    """fn, as `.to()` applies it to each tensor of a layer, except that only W0 and b may get narrower than float32."""
+    base = {id(layer.weight), id(layer.bias)}
+
+    def spare(p):
+        cast = fn(p)
+        narrowed = cast.itemsize < 4 and id(p) not in base
+        return p.to(cast.device) if narrowed else cast
+
+    return spare
+
+
+MANY = 512  # tokens from which OneProduct wins: measured forward and backward on two CPU cores, at widths 128 to 3072
+
+
+def one_product_pays(layer, x):
+    """For many tokens, where W0 is frozen and as wide as the adapter: on a bfloat16 base the rounding of W' would undo
+    small updates. (Autocast rounds W' too, as it rounds the wide weights of full fine-tuning.)"""
+    many = x.numel() >= MANY * layer.in_features
+    wide_base = layer.weight.dtype == layer.A.dtype
+    same_dtype = x.dtype == layer.weight.dtype or torch.is_autocast_enabled(x.device.type)
+    return many and wide_base and same_dtype and not layer.weight.requires_grad
 
 
 class OneProduct(torch.autograd.Function):
     """The same y = W'x + b for many tokens: W' is built first, so that x meets one matrix and y is written once.
 
-    The backward pass forms no gradient of W' (out, in). x, y have a row a token; d, B, A stand for d⁺, B⁺, A⁺:
-        dx = dy W'      db = colsum(dy)      dB = dyᵀ (x Aᵀ)      dA = (dy B)ᵀ x
-        d ⊙ dd = colsum(dy ⊙ y) − rowsum(B ⊙ dB) − b ⊙ db
-    The last is Euler's identity, as y_i is linear in (d_i, B_i, b_i). It saves W0 x, but costs dd digits where d W0 x
-    is a small part of y, leaves dd at 0 where |d| < 1e-6, and has no second derivative. W' is built twice, not kept;
-    under autocast it is rounded as any weight is. On a bfloat16 base that rounding would undo small updates: not there.
+    Autograd alone would then form dW' = dyᵀ x (out, in), as much work again as y itself. Here (N tokens, a row each)
+
+        dx = dy W'      db = colsum(dy)      dU = dyᵀ (x Vᵀ)      dV = (dy U)ᵀ x
+
+    and dg comes from Euler's identity: y_i = g_i (W0 x)_i + U_i (V x) + b_i is linear in (g_i, U_i, b_i), so that
+    y_i = g_i ∂y_i/∂g_i + U_i ∂y_i/∂U_i + b_i ∂y_i/∂b_i; times dy_i, and summed over the tokens,
+
+        colsum(dy ⊙ y) = g ⊙ dg + rowsum(U ⊙ dU) + b ⊙ db
+
+    where the direct way, dg = colsum(dy ⊙ (W0 x)), needs W0 x, which is never formed. The price: dg loses digits where
+    g W0 x is a small part of y, and fades to 0 where |g| is below 10 units of the last digit of 1 (`near_0`).
+
+    Like any weight under autocast, W' is kept for the backward pass in x's dtype. And y is kept, which others may
+    change in place, as an nn.ReLU(inplace=True) after the layer does. nn.Linear allows that, so this does: then
+    dg = rowsum((dyᵀ x) ⊙ W0), which is slower and always right. There is no second derivative, and torch.func's
+    transforms refuse a Function like this: set MANY = math.inf for them.
     """
 
     @staticmethod
-    def forward(ctx, x, W0, bias, d, B, A):
-        W = _weight(W0, d, B, A).to(x.dtype)
-        y = F.linear(x, W, None if bias is None else bias.to(x.dtype))
-        ctx.save_for_backward(x, W0, bias, d, B, A, None if d is None else y)
-        return y if d is None else torch.ops.aten._lazy_clone(y)  # copied once someone changes it in place, if ever
+    def forward(ctx, x, W0, b, g, U, V):
+        with torch.autocast(x.device.type, enabled=False):
+            W = W0 if g is None else g[:, None] * W0
+            W = torch.addmm(W, U, V).to(x.dtype)  # (out, in)
+            y = F.linear(x, W, None if b is None else b.to(x.dtype))
+
+        if g is None:
+            kept = None
+        elif torch.compiler.is_compiling():  # which itself copies what is changed in place
+            kept = y
+        else:
+            kept = y.data  # y itself would raise in the backward pass, once it was changed
+            ctx.changes = y.detach()  # shares y's count of changes,
+            ctx.changes.data = y.new_empty(0)  # and no longer its memory
+        ctx.save_for_backward(x, W, W0, b, g, U, V, kept)
+        return y
 
     @staticmethod
-    @once_differentiable
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, W0, bias, d, B, A, y = ctx.saved_tensors
-        dx = dy @ _weight(W0, d, B, A).to(dy.dtype) if ctx.needs_input_grad[0] else None
-        dy, x = dy.flatten(0, -2), x.flatten(0, -2)  # (N, out), (N, in)
-        dB = (F.linear(x, A.to(x.dtype)).T @ dy).T  # (out, k)
-        dA = (dy @ B.to(dy.dtype)).T @ x  # (k, in)
-        db = dy.sum(0, dtype=B.dtype) if bias is not None and (d is not None or bias.requires_grad) else None  # (out,)
-        if d is None:
-            return dx, None, db, None, dB, dA
-        dd = (dy * y.flatten(0, -2)).sum(0, dtype=B.dtype) - (B * dB).sum(1) - (0 if bias is None else bias * db)
-        return dx, None, db, dd / d.where(d.abs() > 1e-6, math.inf), dB, dA
+        x, W, W0, b, g, U, V, y = ctx.saved_tensors
+        dx = db = dg = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ W  # (..., in)
+
+        x, dy = x.flatten(0, -2), dy.flatten(0, -2)  # (N, in), (N, out)
+        dU = dy.T @ F.linear(x, V.to(x.dtype))  # (out, k)
+        dV = (dy @ U.to(dy.dtype)).T @ x  # (k, in)
+        if b is not None and (g is not None or b.requires_grad):  # Euler's identity needs it, trained or not
+            db = dy.sum(0, dtype=U.dtype)  # (out,)
+
+        if g is None:
+            return dx, None, db, None, dU, dV
+        if hasattr(ctx, "changes") and ctx.changes._version > 0:
+            dg = ((dy.T @ x) * W0).sum(1)  # (out,)
+        else:
+            dU = dU.to(U.dtype)
+            g_dg = (dy * y.flatten(0, -2)).sum(0, dtype=U.dtype) - torch.einsum("ok,ok->o", U, dU)
+            if b is not None:
+                g_dg = torch.addcmul(g_dg, b, db, value=-1)
+            near_0 = 10 * torch.finfo(g.dtype).eps
+            dg = g_dg / (g + near_0**2 / g)  # g_dg / g, but no division by 0
+        return dx, None, db, dg, dU, dV
 
 
-def _weight(W0, d, B, A):
-    return torch.addmm(W0 if d is None else d[:, None] * W0, B, A)  # (out, in)
+# ======== The plumbing: attach, merge, save, load
 
-
-METHODS = {"lora": LoRALinear, "dora": DoRALinear, "prediag": PreDiagLinear, "sora": SORALinear}
-for method, layer in METHODS.items():  # so that a layer can say which it is
-    layer.method = method
 OPTIONS = ("method", "r", "alpha", "r_p", "exact")
-
-# ---- The plumbing: attach, merge, save, load
 
 
 def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32, r_p: int = 4, targets=None,
@@ -300,24 +436,41 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
     Raises ValueError (an unknown method, a target that matches nothing, a rank out of range, a model that is adapted
     already) or TypeError (a target that cannot be adapted, say a quantised one), before anything is changed.
     """
-    if adapted := [layer.method for layer in _adapted(model).values()]:
-        raise ValueError(f"the model is adapted already, with {adapted[0]} in {len(adapted)} layers: merge it first")
-    linears = {name: m for name, m in model.named_modules()
-               if name and (hasattr(m, "in_features") and hasattr(m, "out_features") or str(type(m)) in KINDS)}
-    if targets is None:
-        tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        found = {"every nn.Linear": [n for n, m in linears.items() if id(getattr(m, "weight", None)) not in tied]}
-    else:
-        targets = [targets] if isinstance(targets, str) else targets
-        found = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in targets}
-    if (missing := [target for target, names in found.items() if not names]) or not found:
-        exist = sorted({name.rpartition(".")[2] for name in linears}) or ["no nn.Linear inside"]
-        raise ValueError(f"targets match nothing: {', '.join(missing)}; the model has {', '.join(exist)}")
-    layers = _layers(model, dict.fromkeys(sum(found.values(), [])), method, r=r, alpha=alpha, r_p=r_p, exact=exact)
+    adapted = _adapted(model)
+    if adapted:
+        method = next(iter(adapted.values())).method
+        raise ValueError(f"the model is adapted already, with {method} in {len(adapted)} layers: merge it first")
+    layers = _new_layers(model, _target_names(model, targets), method, r=r, alpha=alpha, r_p=r_p, exact=exact)
     return _replace(model.requires_grad_(False), layers)
 
 
-def _layers(model, names, method, **options):
+def _adapted(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, DiagonalPlusLowRank)}
+
+
+def _target_names(model, targets):
+    """The names of the linear layers that targets mean, each once; for `targets` see adapt."""
+    linears = {name: m for name, m in model.named_modules() if name and looks_linear(m)}
+    if targets is None:
+        tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        found = {"every nn.Linear": [name for name, m in linears.items() if id(getattr(m, "weight", None)) not in tied]}
+    else:
+        if isinstance(targets, str):
+            targets = [targets]
+        found = {target: _ending(linears, target) for target in targets}
+
+    missing = [target for target, names in found.items() if not names]
+    if missing or not found:
+        exist = sorted({name.rpartition(".")[2] for name in linears}) or ["no nn.Linear inside"]
+        raise ValueError(f"targets match nothing: {', '.join(missing)}; the model has {', '.join(exist)}")
+    return list(dict.fromkeys(sum(found.values(), [])))
+
+
+def _ending(names, target):
+    return [name for name in names if f".{name}".endswith(f".{target}")]
+
+
+def _new_layers(model, names, method, **options):
     """{name: adapted layer} for the linear layers of those names; the model stays as it is."""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
@@ -335,33 +488,36 @@ def _layers(model, names, method, **options):
 def _replace(model, layers):
     """Put {name: layer} in place of what has these names, also where that stands under further names."""
     substitutes = {model.get_submodule(name): layer for name, layer in layers.items()}
-    for name, module in [*model.named_modules(remove_duplicate=False)]:
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in substitutes:
             model.set_submodule(name, substitutes[module])
     return model
-
-
-def _adapted(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, DiagonalPlusLowRank)}
 
 
 def merge(model: nn.Module, keep: bool = False) -> nn.Module:
     """Turn every adapted layer, if any, into the plain, frozen one it was, with weight W' and the same bias, in place.
     Nothing is merged unasked, in train() or eval(). keep=True holds W0 for `unmerge`, and so the memory of the adapted
     weights a second time."""
-    return _replace(model, {name: layer.plain(layer.merged_weight(), keep) for name, layer in _adapted(model).items()})
+    merged = {}
+    for name, layer in _adapted(model).items():
+        merged[name] = plain_layer(layer, layer.merged_weight())
+        if keep:
+            W0 = plain_layer(layer, layer.weight).weight.detach()
+            merged[name].register_buffer("W0", W0, persistent=False)
+    return _replace(model, merged)
 
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Give the base back bit for bit, in place, its adapter dropped: of an adapted model, or after merge(keep=True).
     Raises ValueError where there is no W0 to give back."""
-    layers, kept = _adapted(model), [m for m in model.modules() if "W0" in m._buffers]
-    if not layers and not kept:
+    layers = _adapted(model)
+    merged = [m for m in model.modules() if "W0" in m._buffers]
+    if not layers and not merged:
         raise ValueError("the model holds no W0: unmerge one that is adapted, or merged by merge(model, keep=True)")
-    for linear in kept:
+    for linear in merged:
         linear.weight = nn.Parameter(linear.W0, requires_grad=False)
         del linear.W0
-    return _replace(model, {name: layer.plain(layer.weight) for name, layer in layers.items()})
+    return _replace(model, {name: plain_layer(layer, layer.weight) for name, layer in layers.items()})
 
 
 def adapter_state_dict(model: nn.Module) -> dict:
@@ -374,13 +530,29 @@ def _state(layers):
     kinds = {tuple(getattr(layer, key) for key in OPTIONS) for layer in layers.values()}
     if len(kinds) != 1:
         raise ValueError(f"the model has adapters of {len(kinds)} kinds, {kinds or 'none'}: one is needed, see adapt")
+    trained = {name: p.detach().to("cpu", copy=True) for name, p in _trained(layers).items()}
+    options = dict(zip(OPTIONS, kinds.pop()))
+    return options | {"targets": list(layers), "trained": trained, "fingerprint": _fingerprint(layers)}
+
+
+def _trained(layers):
+    """{name: parameter} of all that is trained."""
+    found = {}
+    for name, layer in layers.items():
+        for key, p in layer.named_parameters():
+            if key not in ("weight", "bias"):
+                found[f"{name}.{key}"] = p
+    return found
+
+
+def _fingerprint(layers):
+    """Of their W0, as bfloat16: the same for a base that was cast to it."""
     digest = hashlib.sha256()
     for layer in layers.values():
-        weight = layer.weight.detach().to("cpu", torch.bfloat16).contiguous()  # the same for a base cast to bfloat16
-        digest.update((ctypes.c_char * weight.nbytes).from_address(weight.data_ptr()))  # its bytes, without numpy
-    trained = {f"{name}.{key}": p.detach().to("cpu", copy=True) for name, layer in layers.items()
-               for key, p in layer.named_parameters() if key not in ("weight", "bias")}
-    return dict(zip(OPTIONS, *kinds), targets=[*layers], trained=trained, fingerprint=digest.hexdigest()[:16])
+        content = bytearray(2 * layer.weight.numel())
+        torch.frombuffer(content, dtype=torch.bfloat16).copy_(layer.weight.detach().flatten())
+        digest.update(content)
+    return digest.hexdigest()[:16]
 
 
 def load_adapter(model: nn.Module, state: dict) -> nn.Module:
@@ -390,23 +562,65 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     whole, a layer is missing, or the model is adapted in another way or has other W0 (compared as bfloat16)."""
     if not {*OPTIONS, "targets", "fingerprint", "trained"} <= state.keys():
         raise ValueError("this is no adapter_state_dict: save that of an adapted model")
-    if missing := [name for name in state["targets"] if name not in dict(model.named_modules())]:
+    modules = dict(model.named_modules())
+    missing = [name for name in state["targets"] if name not in modules]
+    if missing:
         raise ValueError(f"the adapter is for layers that the model has not: {', '.join(missing)}")
-    layers = _adapted(model) or _layers(model, state["targets"], **{key: state[key] for key in OPTIONS})
+
+    adapted = _adapted(model)
+    layers = adapted or _new_layers(model, state["targets"], **{key: state[key] for key in OPTIONS})
     mine = _state(layers)
     for key in (*OPTIONS, "targets", "fingerprint"):
         if mine[key] != state[key]:
             raise ValueError(f"the adapter has {key}={state[key]}, the model {key}={mine[key]}: take another base")
-    shapes, given = ({name: p.shape for name, p in s["trained"].items()} for s in (mine, state))
-    if odd := [name for name in shapes | given if shapes.get(name) != given.get(name)]:
+    wanted = {name: p.shape for name, p in mine["trained"].items()}
+    given = {name: p.shape for name, p in state["trained"].items()}
+    odd = [name for name in wanted | given if wanted.get(name) != given.get(name)]
+    if odd:
         raise ValueError(f"the adapter's tensors are missing, unknown or of another shape: {', '.join(odd)}")
-    for name, tensor in state["trained"].items():
-        layer, _, key = name.rpartition(".")
-        layers[layer].get_parameter(key).data.copy_(tensor)
-    return model if _adapted(model) else _replace(model.requires_grad_(False), layers)
+
+    for name, p in _trained(layers).items():
+        p.data.copy_(state["trained"][name])
+    if adapted:
+        return model
+    return _replace(model.requires_grad_(False), layers)
 
 
-# ---- The spectrum of an update: how evenly are its singular values spread?
+# The rare cases: what is linear but no nn.Linear, and what would fail silently
+
+CONV1D = "<class 'transformers.pytorch_utils.Conv1D'>"  # a linear layer whose weight is stored (in, out)
+
+
+def looks_linear(module):
+    """By its attributes, so that a quantised layer is refused by name instead of being passed over."""
+    return str(type(module)) == CONV1D or hasattr(module, "in_features")
+
+
+def weight_and_bias(module):
+    """W0 (out, in) and b (out,) or None, of an nn.Linear or a Conv1D of transformers. Raises TypeError for all that is
+    no plain one: other classes, quantised or float8 weights, hooks (pruning, weight norm), a `forward` of its own."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    conv1d = str(type(module)) == CONV1D
+    plain = (conv1d or type(module) is nn.Linear) and not hooks and "forward" not in vars(module)
+    if not plain or not module.weight.is_floating_point() or module.weight.itemsize == 1:
+        raise TypeError(f"{module} is no plain floating-point nn.Linear without hooks: choose other targets")
+    return module.weight.T if conv1d else module.weight, module.bias
+
+
+def plain_layer(layer, weight):
+    """A frozen layer of the kind that was adapted, with this weight (out, in) and the same bias."""
+    with torch.device("meta"):
+        if layer.kind is nn.Linear:
+            plain = nn.Linear(layer.in_features, layer.out_features)
+        else:
+            plain = layer.kind(layer.out_features, layer.in_features)
+            weight = weight.T.contiguous()
+    plain.weight = nn.Parameter(weight)
+    plain.bias = layer.bias
+    return plain.train(layer.training).requires_grad_(False)
+
+
+# ======== The spectrum of an update: how evenly are its singular values spread?
 
 
 def svd_entropy(matrix: torch.Tensor, power: float = 2) -> float:
@@ -416,28 +630,15 @@ def svd_entropy(matrix: torch.Tensor, power: float = 2) -> float:
     et al. 2000) and hardly sees a long flat tail; power=1 (Roy & Vetterli 2007) counts the tail in full. At rank r both
     are at most ln r / ln min(out, in). `matrix` may also be its singular values (1-D). nan for zeros or a single value.
     """
-    return math.log(effective_rank(matrix, power)) / math.log(n) if (n := min(matrix.shape)) > 1 else math.nan
-
-
-def effective_rank(matrix: torch.Tensor, power: float = 1) -> float:
-    """exp(−Σ p ln p) in [1, min(out, in)]: how many equal singular values would have this entropy (Roy & Vetterli)."""
-    return torch.special.entr(_shares(matrix, power)).sum().exp().item()
-
-
-def stable_rank(matrix: torch.Tensor) -> float:
-    """Σσ² / max σ² in [1, min(out, in)], the squared Frobenius norm over the squared spectral norm."""
-    return 1 / _shares(matrix, 2).max().item()
-
-
-def _shares(matrix, power):
-    """p, in float64; nan for a matrix of zeros."""
-    sigma = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
-    sigma = sigma if sigma.ndim == 1 else torch.linalg.svdvals(sigma)
+    sigma = matrix.detach().to(wide_dtype(matrix))
+    if sigma.ndim == 2:
+        sigma = torch.linalg.svdvals(sigma)
     p = (sigma / sigma.max()).double() ** power
-    return p / p.sum()
+    p = p / p.sum()
+    return (torch.special.entr(p).sum() / math.log(len(sigma))).item()
 
 
-# ======== Above: the method. Below: a GPT to try it on, in nanoGPT's layout and with its names
+# ======== All above stands alone and may be copied without the rest. Below: a GPT to try it on, as nanoGPT lays it out
 
 
 @dataclass
@@ -457,9 +658,11 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        n, self.n_head, self.gelu = config.n_embd, config.n_head, config.gelu
-        self.ln_1, self.ln_2 = nn.LayerNorm(n), nn.LayerNorm(n)
+        n = config.n_embd
+        self.n_head, self.gelu = config.n_head, config.gelu
+        self.ln_1 = nn.LayerNorm(n)
         self.attn = nn.ModuleDict({"c_attn": nn.Linear(n, 3 * n), "c_proj": nn.Linear(n, n)})
+        self.ln_2 = nn.LayerNorm(n)
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(n, 4 * n), "c_proj": nn.Linear(4 * n, n)})
 
     def forward(self, x):
@@ -467,44 +670,17 @@ class Block(nn.Module):
         qkv = self.attn.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, C / n_head) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, n_head, T, C / n_head)
-        x = x + self.attn.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
-        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate=self.gelu))  # (B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        x = x + self.attn.c_proj(y)
 
-
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of the logits x Wᵀ: x (N, C), W (vocab, C), targets (N,), of which -100 does not count.
-
-    The logits are made n tokens at a time, and never kept, for at 50,257 a token they would take more memory than the
-    rest of the model: while they are there the forward pass makes the gradient, softmax(logits) − onehot(targets), too.
-    """
-
-    @staticmethod
-    def forward(ctx, x, W, targets, n):
-        dx, dW = torch.empty_like(x), torch.zeros_like(W) if ctx.needs_input_grad[1] else None
-        keep = (targets != -100)[:, None].to(x.dtype)  # (N, 1)
-        loss, count = 0, keep.count_nonzero()
-        for x_, dx_, t, k in zip(x.split(n), dx.split(n), targets.split(n), keep.split(n)):
-            p = F.linear(x_, W).log_softmax(-1)  # (n, vocab)
-            loss = loss + F.nll_loss(p, t, reduction="sum")
-            if any(ctx.needs_input_grad):
-                p.exp_()[torch.arange(len(t), device=t.device), t.clamp(min=0)] -= 1
-                dx_.copy_(k * (p @ W))
-            if dW is not None:
-                dW += p.T @ (k * x_)
-        ctx.save_for_backward(dx, dW, count)
-        return loss / count
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        dx, dW, count = ctx.saved_tensors
-        return dx * dloss / count, None if dW is None else dW * dloss / count, None, None
+        h = self.mlp.c_fc(self.ln_2(x))  # (B, T, 4 C)
+        return x + self.mlp.c_proj(F.gelu(h, approximate=self.gelu))
 
 
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019): tokens (B, T) -> logits (B, T, vocab), or, given targets (B, T), their mean loss."""
 
-    CHUNK = 2**26  # logits at a time, in the loss
+    CHUNK = 2**26  # at most so many logits at a time
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -519,32 +695,47 @@ class GPT(nn.Module):
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
-        for name, p in self.named_parameters():  # as GPT-2: less where the residual stream adds up 2 n_layer outputs
-            if p.ndim == 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer if name.endswith("c_proj.weight") else 1))
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # the residual stream adds up the outputs of 2 n_layer of these
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        if tokens.shape[1] > self.config.block_size:
-            raise ValueError(f"{tokens.shape[1]} tokens are more than the context of {self.config.block_size}")
-        x = self.transformer.wte(tokens) + self.transformer.wpe.weight[:tokens.shape[1]]  # (B, T, C)
+        B, T = tokens.shape
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens are more than the context of {self.config.block_size}")
+        x = self.transformer.wte(tokens) + self.transformer.wpe.weight[:T]  # (B, T, C)
         for block in self.transformer.h:
             x = block(x)
         x = self.transformer.ln_f(x)  # (B, T, C)
-        if targets is not None and type(self.lm_head) is nn.Linear:
-            W = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
-            return HeadLoss.apply(x.flatten(0, 1), W, targets.flatten(), max(1, self.CHUNK // len(W)))
-        logits = self.lm_head(x)  # (B, T, vocab)
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+        if targets is None:
+            return self.lm_head(x)  # (B, T, vocab)
+        return self.loss(x.flatten(0, 1), targets.flatten())
+
+    def loss(self, x, targets):
+        """Mean cross-entropy in nats, of x (N, C) and targets (N,), of which -100 does not count. More logits than
+        CHUNK are made in chunks, and anew in the backward pass: all at once would take more memory than the model."""
+        n = max(1, self.CHUNK // self.config.vocab_size)
+        if len(x) <= n:
+            return F.cross_entropy(self.lm_head(x), targets)
+        losses = [recompute(self.summed_loss, *some, use_reentrant=False) for some in zip(x.split(n), targets.split(n))]
+        return sum(losses) / (targets != -100).sum()
+
+    def summed_loss(self, x, targets):
+        return F.cross_entropy(self.lm_head(x), targets, reduction="sum")
 
     @torch.no_grad()
     def generate(self, tokens: torch.Tensor, n: int, temperature: float = 1.0,
                  generator: torch.Generator | None = None) -> torch.Tensor:
         """Append n sampled tokens: (B, T) -> (B, T + n). Nothing is cached, so each token costs a full pass."""
         for _ in range(n):
-            logits = self(tokens[:, -self.config.block_size:])[:, -1] / temperature  # (B, vocab)
-            drawn = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)  # (B, 1)
+            logits = self(tokens[:, -self.config.block_size:])[:, -1]  # (B, vocab)
+            p = (logits / temperature).float().softmax(-1)
+            drawn = torch.multinomial(p, 1, generator=generator)  # (B, 1)
             tokens = torch.cat([tokens, drawn], 1)
         return tokens
 
@@ -557,36 +748,35 @@ class GPT(nn.Module):
     def gpt2_state_dict(self) -> dict:
         """The weights with GPT-2's names and orientation, as from_pretrained and transformers read them (the latter as
         pytorch_model.bin beside a config.json). Raises ValueError while an adapter is attached."""
-        state = self.checkpoint()["model"]
-        return {name: p.T.contiguous() if name.endswith(CONV1D) else p for name, p in state.items()}
+        return _transpose_conv1d(self.checkpoint()["model"])
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, check: bool = True) -> "GPT":
+    def from_pretrained(cls, name_or_path: str) -> "GPT":
         """A GPT in float32 on the CPU, of one of these. No code from a file is ever run.
 
-        - a name in GPT2: OpenAI's weights, downloaded once and compared with their sha256 each time, unless check=False
+        - a name in GPT2: OpenAI's weights, downloaded once and compared with their sha256 each time
         - a path to GPT-2's layout, .safetensors or a saved gpt2_state_dict; the config.json beside it tells n_head and
           the GELU, without one heads are 64 wide and the GELU is the tanh form, as in GPT-2
-        - nanoGPT's ckpt.pt, with the exact GELU, and zeros for biases it lacks; or a saved `checkpoint()`
+        - a path to nanoGPT's ckpt.pt, with the exact GELU, and zeros for biases it lacks; or to a saved `checkpoint()`
         Raises OSError (the file cannot be had), ValueError (it is none of these), RuntimeError (a list of all tensors
         that are missing, unknown or of another shape).
         """
-        path = Path(_download(name_or_path, check) if name_or_path in GPT2 else name_or_path)
-        path.open().close()  # an OSError where that cannot be done
+        path = Path(_download(name_or_path) if name_or_path in GPT2 else name_or_path)
         try:
-            file = _safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-            config, state = _config_and_state(file, path.with_name("config.json"))
+            config, state = _read_checkpoint(path)
+            with torch.device("meta"):
+                model = cls(config)
+        except OSError:
+            raise
         except Exception as error:
             raise ValueError(f"{path} is no checkpoint of GPT-2, nanoGPT or this GPT: {error!r:.100}") from error
-        with torch.device("meta"):
-            model = cls(config)
         model.load_state_dict({name: p.float() for name, p in state.items()}, assign=True)
         if torch.equal(model.lm_head.weight, model.transformer.wte.weight):  # else the head was adapted and merged
             model.lm_head.weight = model.transformer.wte.weight
         return model
 
 
-# ---- Files: GPT-2's released weights, other people's checkpoints, our own
+# ======== Files: GPT-2's released weights, other people's checkpoints, our own
 
 GPT2 = {  # n_layer, n_head, n_embd, the revision at huggingface.co/openai-community, the sha256 of model.safetensors
     "gpt2": (12, 12, 768, "607a30d783dfa663caf39e06633721c8d4cfcd7e",
@@ -598,57 +788,89 @@ GPT2 = {  # n_layer, n_head, n_embd, the revision at huggingface.co/openai-commu
     "gpt2-xl": (48, 25, 1600, "15ea56dee5df4983c59b2538573817e1667135e2",
                 "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
 }
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out) in GPT-2
+STORED_IN_OUT = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # by GPT-2
 CODES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-def _download(name, check):
-    """The path of a model.safetensors of GPT-2, downloaded unless it is there, and the one that was released."""
+def _download(name):
+    """The path of GPT-2's model.safetensors, downloaded unless it is there already, its sha256 compared each time."""
     revision, sha256 = GPT2[name][3:]
     path = Path(torch.hub.get_dir(), "checkpoints", name, "model.safetensors")
     url = f"https://huggingface.co/openai-community/{name}/resolve/{revision}/model.safetensors"
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, path, sha256 if check else None)  # moved there once it is whole
+            torch.hub.download_url_to_file(url, path, sha256)  # moved there once it is whole
         except (OSError, RuntimeError) as error:
             raise OSError(f"{name} cannot be downloaded ({error}): put {url} at {path}") from error
     with open(path, "rb") as file:
-        if check and (found := hashlib.file_digest(file, "sha256").hexdigest()) != sha256:
-            raise ValueError(f"{path} has sha256 {found}, not {sha256}: delete it, or pass check=False (--no-check)")
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise ValueError(f"{path} has sha256 {found}, not {sha256}: delete it, or give its path as that of any file")
     return path
+
+
+def _read_checkpoint(path):
+    """The GPTConfig and the state dict, in our layout, of a checkpoint file."""
+    if path.suffix == ".safetensors":
+        file = _safetensors(path)
+    else:
+        file = torch.load(path, "cpu", weights_only=True)
+    if "model" in file:
+        return _of_nanogpt(file.get("model_args") or file["config"], file["model"])
+    return _of_gpt2(file, path.with_name("config.json"))
 
 
 def _safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes for the length of a JSON header, the header, the raw tensors."""
     with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
         start = file.tell()
     raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)[start:]  # mapped, not read
-    return {name: raw[slice(*entry["data_offsets"])].clone().view(CODES[entry["dtype"]]).view(entry["shape"])
-            for name, entry in header.items() if name != "__metadata__"}
+    header.pop("__metadata__", None)
+    state = {}
+    for name, entry in header.items():
+        content = raw[slice(*entry["data_offsets"])].clone()
+        state[name] = content.view(CODES[entry["dtype"]]).view(entry["shape"])
+    return state
 
 
-def _config_and_state(file, beside):
-    """The GPTConfig and the state dict, in our layout, of what a checkpoint file holds."""
-    if "model" in file:  # nanoGPT, with the exact GELU, or this GPT, whose config says which
-        config, state = {"gelu": "none"} | (file.get("model_args") or file["config"]), file["model"]
-    else:  # GPT-2
-        state = {name: p.T.contiguous() if name.endswith(CONV1D) else p for name, p in file.items()}
-        state = {f"transformer.{name.removeprefix('transformer.')}": p for name, p in state.items()}
-        (vocab_size, n_embd), block_size = state["transformer.wte.weight"].shape, len(state["transformer.wpe.weight"])
-        state["lm_head.weight"] = state.pop("transformer.lm_head.weight", state["transformer.wte.weight"])
-        told = {} if n_embd % 64 else {"n_head": n_embd // 64}
-        told |= json.loads(beside.read_text()) if beside.exists() else {}
-        config = {"block_size": block_size, "vocab_size": vocab_size, "n_embd": n_embd, "n_head": told["n_head"],
-                  "n_layer": len({name.split(".")[2] for name in state if ".h." in name}),
-                  "gelu": {"gelu_new": "tanh", "gelu": "none"}[told.get("activation_function", "gelu_new")]}
-    masks = (".attn.bias", ".attn.masked_bias")  # causal ones, which some files hold
-    state = {name.removeprefix("_orig_mod."): p for name, p in state.items() if not name.endswith(masks)}
-    if not config.get("bias", True):  # nanoGPT can do without
-        biased = [name for name in state if name.startswith(("transformer.h.", "transformer.ln_f"))]
-        state |= {f"{name.removesuffix('weight')}bias": torch.zeros(len(state[name])) for name in biased}
-    return GPTConfig(**{f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}), state
+def _of_gpt2(file, beside):
+    """GPT-2's layout: names without "transformer." perhaps, Conv1D's orientation, causal masks, a tied head."""
+    state = {}
+    for name, p in _transpose_conv1d(file).items():
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks
+            state[f"transformer.{name.removeprefix('transformer.')}"] = p
+    wte, wpe = state["transformer.wte.weight"], state["transformer.wpe.weight"]
+    state["lm_head.weight"] = state.pop("transformer.lm_head.weight", wte)
+
+    told = {"activation_function": "gelu_new", "n_head": wte.shape[1] // 64}
+    if beside.exists():
+        told.update(json.loads(beside.read_text()))
+    layers = {name.split(".")[2] for name in state if ".h." in name}
+    gelu = {"gelu_new": "tanh", "gelu": "none"}[told["activation_function"]]
+    return GPTConfig(len(wpe), len(wte), len(layers), told["n_head"], wte.shape[1], gelu), state
+
+
+def _transpose_conv1d(state):
+    return {name: p.T.contiguous() if name.endswith(STORED_IN_OUT) else p for name, p in state.items()}
+
+
+def _of_nanogpt(told, saved):
+    """nanoGPT's layout, which is ours: if it was compiled, with a prefix, perhaps with masks, perhaps without biases.
+    It tells no GELU, for it has the exact one."""
+    state = {}
+    for name, p in saved.items():
+        if not name.endswith(".attn.bias"):  # a causal mask
+            state[name.removeprefix("_orig_mod.")] = p
+    told = {"gelu": "none", "bias": True, "dropout": 0.0} | told
+    if not told["bias"]:
+        for name in list(state):
+            if name.startswith(("transformer.h.", "transformer.ln_f")):
+                state[name.removesuffix("weight") + "bias"] = torch.zeros(len(state[name]))
+    del told["bias"], told["dropout"]
+    return GPTConfig(**told), state
 
 
 def save(state: dict, path: str):

@@ -14,15 +14,17 @@ import signal
 import subprocess
 import sys
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 import pytest
-import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -203,7 +205,8 @@ def test_one_product_near_d_of_zero(method):
     with torch.no_grad():
         layer.d[:6] = torch.tensor([0, 1e-9, -1e-7, 1e-3, -1e-2, 0.1])
     one, plain = (run_in(layer, x, dy, many) for many in (1, 10**9))
-    assert one["d"].isfinite().all() and (method == "sora" or not one["d"][:3].any())
+    assert one["d"].isfinite().all()
+    assert method == "sora" or one["d"][:3].abs().max() < 1e-2 * plain["d"].abs().max()
     torch.testing.assert_close(one["d"][3:], plain["d"][3:], rtol=1e-2, atol=1e-3 * plain["d"].abs().max().item())
 
 
@@ -218,6 +221,67 @@ def test_the_output_may_be_changed_in_place(method, bias, many, monkeypatch):
     expected = torch.autograd.grad((layer(x) * 2 + 1).relu().square().sum(), weights)
     for a, b in zip(torch.autograd.grad(layer(x).mul_(2).add_(1).relu_().square().sum(), weights), expected):
         torch.testing.assert_close(a, b)
+
+
+@ALL
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_output_may_be_changed_in_place_under_checkpointing(method, use_reentrant, monkeypatch):
+    layer, x = trained(METHODS[method](linear(), r=3)), torch.randn(4, 7, dtype=torch.float64, generator=rng())
+
+    def block(x):
+        y = layer(x)
+        y += 1
+        return y.square()
+
+    leaves = [x.requires_grad_(), *(p for p in layer.parameters() if p.requires_grad)]
+    monkeypatch.setattr(sora, "MANY", 10**9)
+    expected = torch.autograd.grad(block(x).square().sum(), leaves)
+    monkeypatch.setattr(sora, "MANY", 1)
+    y = checkpoint(block, x, use_reentrant=use_reentrant)
+    y.square().sum().backward()
+    for leaf, gradient in zip(leaves, expected):
+        torch.testing.assert_close(leaf.grad, gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["prediag", "sora"])
+def test_threads_may_change_disjoint_rows_of_the_output(method):
+    layer = trained(METHODS[method](linear(48, 64), r=3))
+    x = torch.randn(2048, 48, dtype=torch.float64, generator=rng())
+    found = {}
+    for many in (512, 10**9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sora, "MANY", many)
+            y = layer(x)
+            assert y.grad_fn.name().startswith("OneProduct") == (many == 512)
+
+        def work(i, y=y):
+            with torch.no_grad():  # which holds for one thread
+                for _ in range(200):
+                    y[i::4].add_(0.01)
+
+        before = y.detach().clone()
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+        torch.testing.assert_close(y.detach(), before + 2)
+        y.square().sum().backward()
+        found[many] = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
+        layer.zero_grad()
+    for name, gradient in found[10**9].items():
+        torch.testing.assert_close(found[512][name], gradient, rtol=1e-10, atol=1e-8)
+
+
+@ALL
+@FORMS
+def test_an_output_that_nobody_holds_is_freed(method, many, monkeypatch):
+    """Where what is saved for the backward pass is packed away, as by save_on_cpu, the graph holds no memory of y."""
+    monkeypatch.setattr(sora, "MANY", many)
+    layer = trained(METHODS[method](linear(), r=3))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: None):
+        y = layer(torch.randn(4, 7, dtype=torch.float64, generator=rng()))
+    graph, memory = y.grad_fn, StorageWeakRef(y.untyped_storage())
+    assert not memory.expired()
+    del y
+    assert memory.expired() and graph is not None
 
 
 @pytest.mark.parametrize("train_weight", [True, False])
@@ -252,7 +316,7 @@ def test_one_product_keeps_no_more_for_the_backward_pass(method):
 
 
 @ALL
-def test_forward_forms_no_dense_update(method):
+def test_forward_forms_a_dense_update_for_the_norm_of_dora_alone(method):
     layer = trained(METHODS[method](linear(11, 13), r=3, r_p=2))
     shapes, W0 = [], layer.weight.untyped_storage().data_ptr()
 
@@ -265,7 +329,7 @@ def test_forward_forms_no_dense_update(method):
 
     with Watch():
         layer(torch.randn(4, 11, dtype=torch.float64))
-    assert (4, 13) in shapes and not {(11, 13), (13, 11)} & set(shapes)
+    assert (4, 13) in shapes and bool({(11, 13), (13, 11)} & set(shapes)) == (method == "dora")
 
 
 # --------------------------------------------------------------------------------------------------------- the rotation
@@ -318,9 +382,11 @@ def test_the_first_order_rotation_only_stretches():
 
 
 def test_entropies_of_known_spectra():
-    spectra = {(1, 1, 1, 1): (1, 1), (5, 0, 0, 0): (0, 0), (3, 3, 0, 0): (0.5, 0.5),
-               (2, 1, 0, 0): (-(0.8 * math.log(0.8) + 0.2 * math.log(0.2)) / math.log(4),
-                              -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)) / math.log(4))}
+    def entropy(*p):
+        return -sum(q * math.log(q) for q in p) / math.log(4)
+
+    spectra = {(1, 1, 1, 1): (1, 1), (5, 0, 0, 0): (0, 0), (3, 3, 0, 0): (0.5, 0.5)}
+    spectra[2, 1, 0, 0] = entropy(0.8, 0.2), entropy(2 / 3, 1 / 3)
     Q = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=rng()))[0]
     P = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=rng()))[0][:, :4]
     for sigma, (energy, flat) in spectra.items():
@@ -328,9 +394,7 @@ def test_entropies_of_known_spectra():
         for matrix in (sigma, Q @ torch.diag(sigma) @ P.T, 1e-30 * (P @ torch.diag(sigma) @ Q).float()):
             assert sora.svd_entropy(matrix) == sora.svd_entropy(matrix, 2) == pytest.approx(energy, abs=1e-5)
             assert sora.svd_entropy(matrix, 1) == pytest.approx(flat, abs=1e-5)
-            assert sora.effective_rank(matrix) == pytest.approx(4**flat, rel=1e-4)
-            assert sora.stable_rank(matrix) == pytest.approx((sigma.square().sum() / sigma[0] ** 2).item(), rel=1e-5)
-    assert all(math.isnan(f(torch.zeros(3, 4))) for f in (sora.svd_entropy, sora.effective_rank, sora.stable_rank))
+    assert math.isnan(sora.svd_entropy(torch.zeros(3, 4))) and math.isnan(sora.svd_entropy(torch.ones(1, 4)))
 
 
 # --------------------------------------------------------------------------------------------------------- the plumbing
@@ -428,6 +492,28 @@ def test_errors_name_what_exists_and_change_nothing():
         adapter_state_dict(model)
     with pytest.raises(TypeError, match="0: Linear.* is no plain"):
         adapt(nn.Sequential(nn.Linear(4, 4).to(torch.float8_e4m3fn)), r=2)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda layer: layer.register_forward_hook(print), lambda layer: layer.register_forward_pre_hook(print),
+    lambda layer: layer.register_full_backward_hook(print), lambda layer: layer.register_full_backward_pre_hook(print),
+    lambda layer: setattr(layer, "forward", layer.forward),
+], ids=["forward", "forward_pre", "backward", "backward_pre", "patched"])
+def test_what_an_adapter_would_not_do_is_refused(spoil):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    adapt(copy.deepcopy(model), r=2)
+    spoil(model[1])
+    with pytest.raises(TypeError, match="1: Linear.* is no plain floating-point nn.Linear without hooks"):
+        adapt(model, r=2)
+    assert all(type(layer) is nn.Linear and layer.weight.requires_grad for layer in model)
+
+
+@ALL
+def test_an_adapted_layer_is_called_as_nn_linear_is(method):
+    base, x = linear(), torch.randn(4, 7, dtype=torch.float64, generator=rng())
+    layer = METHODS[method](base, r=2, r_p=2)
+    torch.testing.assert_close(layer(input=x), base(input=x))
+    assert torch.equal(layer(input=x), layer(x))
 
 
 def test_a_shared_layer_stays_shared():
@@ -734,6 +820,59 @@ def test_compiles_without_a_graph_break(method, many, monkeypatch):
             torch.compile(model, fullgraph=True, backend="aot_eager")(batch[:, :-1], batch[:, 1:]).backward()
 
 
+# ------------------------------------------------------------------------------------------ the upper part of the file
+
+
+SOURCE = (HERE / "sora.py").read_text(encoding="utf-8")
+UPPER, LOWER = re.split("^(?=# ======== All above stands alone)", SOURCE, flags=re.MULTILINE)
+
+
+def names_in(code):
+    """All global names and attributes that a code object, and those inside, may ask for."""
+    found = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= names_in(constant)
+    return found
+
+
+@pytest.fixture
+def upper(monkeypatch):
+    module = types.ModuleType("sora")
+    monkeypatch.setitem(sys.modules, "sora", module)
+    exec(compile(UPPER, "upper.py", "exec"), vars(module))
+    return module
+
+
+def test_the_upper_part_asks_for_nothing_below(upper):
+    below = vars(sora).keys() - vars(upper).keys()
+    assert {"GPT", "GPTConfig", "Block", "GPT2", "save"} <= below
+    assert not below & names_in(compile(UPPER, "upper.py", "exec"))
+    assert {"adapt", "merge", "load_adapter", "svd_entropy", "rotation"} <= names_in(compile(UPPER, "upper.py", "exec"))
+
+
+@ALL
+@FORMS
+def test_the_upper_part_stands_alone(method, many, upper, monkeypatch):
+    monkeypatch.setattr(upper, "MANY", many)
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 7), nn.GELU(), nn.Linear(7, 5)), torch.randn(4, 6, generator=rng())
+    model = upper.adapt(copy.deepcopy(base), method, r=2, r_p=2, targets=["0", "2"])
+    torch.testing.assert_close(model(x), base(x))
+    model(x).square().sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+    y, state = trained(model)(x), upper.adapter_state_dict(model)
+    assert type(model[0]) is upper.METHODS[method] and not isinstance(model[0], sora.DiagonalPlusLowRank)
+    assert 0 < upper.svd_entropy(model[0].delta()) < 1
+    assert torch.equal(upper.load_adapter(copy.deepcopy(base), state)(x), y)
+    torch.testing.assert_close(upper.merge(model, keep=True)(x), y, rtol=1e-4, atol=1e-4)
+    assert torch.equal(upper.unmerge(model)(x), base(x))
+    with pytest.raises(ValueError, match="unknown method"):
+        upper.adapt(model, "none")
+    with pytest.raises(TypeError, match="does not call it in eval"):
+        upper.adapt(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8)), r=2, targets=["linear1"])
+
+
 # -------------------------------------------------------------------------------------------------------------- the GPT
 
 
@@ -791,9 +930,9 @@ def test_gpt_ties_its_head_generates_and_saves(tmp_path):
         GPT.from_pretrained(tmp_path / "other.pt")
 
 
-@pytest.mark.parametrize("chunk", [11 * 5, 11 * 100])
+@pytest.mark.parametrize("chunk, kept_whole", [(11 * 5, False), (11 * 31, False), (11 * 32, True), (11 * 100, True)])
 @pytest.mark.parametrize("dtype, near", [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_the_loss_keeps_no_logits(chunk, dtype, near, monkeypatch):
+def test_the_loss_keeps_logits_only_where_they_fit_in_a_chunk(chunk, kept_whole, dtype, near, monkeypatch):
     monkeypatch.setattr(GPT, "CHUNK", chunk)
     model, x, kept = tiny_gpt().to(dtype), tokens(4, 9), []
     weights = [*model.parameters()]
@@ -801,7 +940,7 @@ def test_the_loss_keeps_no_logits(chunk, dtype, near, monkeypatch):
     expected = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), targets.flatten())
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         loss = model(x[:, :-1], targets)
-    assert kept and not any(shape[-1:] == (11,) for shape in kept)
+    assert kept and any(shape[-1:] == (11,) for shape in kept) == kept_whole
     with torch.no_grad():
         torch.testing.assert_close(model(x[:, :-1], targets), expected, rtol=near, atol=0)
     wanted, losses = torch.autograd.grad(expected * 3, weights), [loss]
@@ -879,8 +1018,10 @@ def test_nanogpt(bias, tmp_path):
         with torch.no_grad():
             for name, p in theirs.named_parameters():
                 p.mul_(not name.endswith("bias"))
-    state = {f"_orig_mod.{name}": p.T if name.endswith(sora.CONV1D) else p for name, p in theirs.state_dict().items()
-             if bias or not name.endswith("bias")} | {"_orig_mod.transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}
+    state = {"_orig_mod.transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8)}
+    for name, p in theirs.state_dict().items():
+        if bias or not name.endswith("bias"):
+            state[f"_orig_mod.{name}"] = p.T if name.endswith(sora.STORED_IN_OUT) else p
     arguments = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 8, "bias": bias, "vocab_size": 64, "dropout": 0}
     torch.save({"model": state, "model_args": arguments, "iter_num": 5, "config": {"dataset": "x"},
                 "best_val_loss": torch.tensor(1.0)}, tmp_path / "ckpt.pt")
@@ -961,9 +1102,8 @@ def test_gpt2_is_downloaded_once_and_compared(tmp_path, monkeypatch):
     assert asked[0] == ("https://huggingface.co/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/"
                         "model.safetensors")
     (cache / "model.safetensors").write_bytes(content[:-1] + b"x")
-    with pytest.raises(ValueError, match="gpt2/model.safetensors has sha256 .*: delete it, or pass check=False"):
+    with pytest.raises(ValueError, match="gpt2/model.safetensors has sha256 .*: delete it, or give its path"):
         GPT.from_pretrained("gpt2")
-    GPT.from_pretrained("gpt2", check=False)
     assert len(asked) == 3  # once more for each that failed, never for what is there
 
 
@@ -973,9 +1113,28 @@ def test_gpt2_is_downloaded_once_and_compared(tmp_path, monkeypatch):
 TINY = "--init scratch --n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4 --steps 3 --r 2".split()
 
 
+ALONE = os.environ | {"OMP_NUM_THREADS": "1"}  # two threads that wait for each other crawl where others run too
+
+
 def run(*flags, **options):
     command = [sys.executable, HERE / "train_gpt.py", *TINY, *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", **options)
+
+
+def parsed(*flags):
+    """train_gpt's arguments, as TINY and these flags give them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_gpt.py", *TINY, *map(str, flags)])
+        return train_gpt.arguments()
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def samples(printed):
+    """[(name, text)] of what --sample prints."""
+    return re.findall(r"^--- (\S+)\n(.*?)\n---$", printed, re.MULTILINE | re.DOTALL)
 
 
 def test_train_gpt_from_end_to_end(tmp_path):
@@ -983,29 +1142,32 @@ def test_train_gpt_from_end_to_end(tmp_path):
     assert made.returncode == 0, made.stderr
     names = ["full", *METHODS, "frozen"]
     flags = "--init base/full.pt --steps 30 --seeds 2 --sample 5 --save out --json out/all.json --lr 1e-2,full=2e-3"
-    done = run(*flags.split(), "--methods", ",".join(names), cwd=tmp_path, env=os.environ | {"COLUMNS": "90"})
+    done = run(*flags.split(), "--methods", ",".join(names), cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    report = json.loads((tmp_path / "out/all.json").read_text())
-    assert report["settings"]["lr"] == dict.fromkeys(train_gpt.METHODS, 1e-2) | {"full": 2e-3}
-    (base,), results = report["results"].pop("(base)"), report["results"]
-    assert [*results] == names and all([r["seed"] for r in rows] == [0, 1] for rows in results.values())
+    rows = rows_of(tmp_path / "out/all.json")
+    assert [(row["method"], row["seed"]) for row in rows] == [*product(names, [0, 1])]
+    start = float(re.search(r"\nstart +validation loss ([\d.]+), the base's", done.stdout)[1])
     sizes = dict(zip(names, [16 * 2048 + 16 * 8 + 3312, 512, 656, 656, 1808, 128]))
-    for name, rows in results.items():
-        for row in rows:
-            assert row["start"] == pytest.approx(base["loss"], abs=1e-4)
-            assert row["merged"] == pytest.approx(row["loss"], abs=1e-3)
-            assert row["ms"] > 0 and row["relative"] > 0 and len(row["text"]) == 9 + 5
-            if name == "frozen":
-                assert row["change"] == 0 and row["entropy2"] is None
-            else:
-                assert row["loss"] < row["start"] and row["change"] > 0 and row["spectrum"][0] > -1
-                assert 0 < row["entropy2"] < row["entropy1"] < 1
-        assert rows[0]["trainable"] == sizes[name], name
-    for table in done.stdout.split("\n\n"):
-        if table.startswith("method"):
-            assert all(len(line) <= 90 for line in table.splitlines()) and len(table.splitlines()) == len(names) + 2
-    for name in ("val loss", "merged", "× frozen", "H(σ²)", "spectrum", "--- (base)", "--- sora", " ± "):
+    for row in rows:
+        assert row["settings"]["lr"] == dict.fromkeys(train_gpt.METHODS, 1e-2) | {"full": 2e-3}
+        assert row["start"] == pytest.approx(start, abs=1e-4)
+        assert row["merged"] == pytest.approx(row["loss"], abs=1e-3)
+        assert row["ms"] > 0 and row["relative"] > 0 and row["trainable"] == sizes[row["method"]]
+        if row["method"] == "frozen":
+            assert row["change"] == 0 and "entropy2" not in row
+        else:
+            assert row["loss"] < row["start"] and row["change"] > 0 and row["spectrum"][0] > -1
+            assert 0 < row["entropy2"] < row["entropy1"] < 1
+    table = next(part for part in done.stdout.split("\n\n") if part.startswith("method")).splitlines()
+    assert [line.split()[0] for line in table] == ["method", "(base)", *names]
+    for name in ("val loss", "× frozen", "H(σ²)", "spectrum", " ± "):
         assert name in done.stdout
+    drawn = samples(done.stdout)
+    assert [name for name, _ in drawn] == ["(base)"] + [name for name in names for _ in (0, 1)]
+    vocabulary = train_gpt.load_vocabulary(2048)
+    windows = train_gpt.load_data(parsed(), vocabulary)[1]
+    for _, text in drawn:
+        assert text.removeprefix(vocabulary.decode(windows[0].tolist())) not in ("", text)
 
     base = GPT.from_pretrained(tmp_path / "base/full.pt")
     load_adapter(base, torch.load(tmp_path / "out/sora-1.pt", weights_only=True))
@@ -1013,39 +1175,44 @@ def test_train_gpt_from_end_to_end(tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == sorted([f"{n}-{i}.pt" for n in names for i in (0, 1)] + ["all.json"])
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--data", "nowhere.txt"], r"--data nowhere.txt: .*No such file or directory"),
-    (["--data", "short.txt"], r"--data short.txt: too short: it has \d+ tokens, --block-size 8 needs 90"),
-    (["--data", "binary.txt"], r"--data binary.txt: 'utf-8' codec can't decode"),
-    (["--methods", "lora,sorra"], r"argument --methods: unknown method 'sorra': choose from full,lora,dora,prediag"),
-    (["--r", "17"], r"--r 17: transformer\.h\.0\.attn\.c_attn: r=17 is outside 1\.\.16: choose another"),
-    (["--r", "0"], r"argument --r: '0' is not a whole number above 0"),
-    (["--steps", "many"], r"argument --steps: 'many' is not a whole number above 0"),
-    (["--lr", "sora=fast"], r"argument --lr: 'fast' is not a number above 0"),
-    (["--lr", "nan"], r"argument --lr: 'nan' is not a number above 0"),
-    (["--alpha", "-1"], r"argument --alpha: '-1' is not a number above 0"),
-    (["--random-weights"], r"--init scratch: --random-weights is for gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
-    (["--lr", "loro=1"], r"argument --lr: unknown method 'loro'"),
-    (["--n-head", "3"], r"--init scratch: n_embd=16 is not a multiple of n_head=3"),
-    (["--init", "nowhere.pt"], r"--init nowhere.pt: .*No such file or directory"),
-    (["--init", "short.txt"], r"--init short.txt: short.txt is no checkpoint of GPT-2, nanoGPT or this GPT"),
-    (["--init", "empty.txt"], r"--init empty.txt: empty.txt is no checkpoint of GPT-2, nanoGPT or this GPT"),
-    (["--init", "."], r"--init .: .*Is a directory"),
-    (["--json", "."], r".*--json .: .*Is a directory"),
-    (["--init", "small.pt"], r"--init small.pt: GPTConfig\(.*vocab_size=11, .* is too small for 2048 tokens"),
-    (["--init", "large.pt", "--block-size", "9"], r"--init large.pt: .*block_size=8, .*too small for .*block-size 9"),
-    (["--device", "tpu"], r"--device tpu: .*Expected one of cpu, cuda"),
-    (["--stesp", "3"], r"unrecognized arguments: --stesp 3"),
-    (["--save", "short.txt/x"], r".*--save short.txt/x, .*Not a directory"),
-])
-def test_train_gpt_says_what_is_wrong_in_one_line(flags, message, tmp_path, monkeypatch, capsys):
+MISTAKES = r"""
+--data nowhere.txt               --data nowhere.txt: .*No such file or directory
+--data short.txt                 --data short.txt: too short: it has \d+ tokens, --block-size 8 needs 90
+--data binary.txt                --data binary.txt: 'utf-8' codec can't decode
+--methods lora,sorra             argument --methods: unknown method 'sorra': choose from full,lora,dora,prediag
+--r 17                           --methods lora: transformer\.h\.0\.attn\.c_attn: r=17 is outside 1\.\.16: choose
+--targets nothing                --methods lora: targets match nothing: nothing; the model has c_attn
+--r 0                            argument --r: '0' is not a whole number above 0
+--steps many                     argument --steps: 'many' is not a whole number above 0
+--lr sora=fast                   argument --lr: 'fast' is not a number above 0
+--lr nan                         argument --lr: 'nan' is not a number above 0
+--alpha -1                       argument --alpha: '-1' is not a number above 0
+--random-weights                 --init scratch: --random-weights is for gpt2, gpt2-medium, gpt2-large, gpt2-xl
+--lr loro=1                      argument --lr: unknown method 'loro'
+--n-head 3                       --init scratch: n_embd=16 is not a multiple of n_head=3
+--init nowhere.pt                --init nowhere.pt: .*No such file or directory
+--init short.txt                 --init short.txt: short.txt is no checkpoint of GPT-2, nanoGPT or this GPT
+--init empty.txt                 --init empty.txt: empty.txt is no checkpoint of GPT-2, nanoGPT or this GPT
+--init .                         --init .: .*Is a directory
+--json .                         .*--json .: .*Is a directory
+--init small.pt                  --init small.pt: GPTConfig\(.*vocab_size=11, .* is too small for 2048 tokens
+--init large.pt --block-size 9   --init large.pt: .*block_size=8, .*too small for .*block-size 9
+--device tpu                     --device tpu: .*Expected one of cpu, cuda
+--stesp 3                        unrecognized arguments: --stesp 3
+--save short.txt/x               .*--save short.txt/x, .*Not a directory
+"""  # flags, and the message they bring, as a regular expression
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.strip().splitlines())
+def test_train_gpt_says_what_is_wrong_in_one_line(mistake, tmp_path, monkeypatch, capsys):
+    flags, message = re.split("  +", mistake)
     (tmp_path / "short.txt").write_text("Too short.")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
     sora.save(tiny_gpt().checkpoint(), tmp_path / "small.pt")
     sora.save(tiny_gpt(vocab_size=2048).checkpoint(), tmp_path / "large.pt")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *flags])
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *flags.split()])
     with pytest.raises(SystemExit) as stop:
         train_gpt.main()
     out, error = capsys.readouterr()
@@ -1067,9 +1234,9 @@ def test_train_gpt_with_gpt2_offline(tmp_path):
     write_safetensors(tmp_path / said[1], {name: p for name, p in state.items() if "lm_head" not in name})
     refused = run(*small, **options)
     assert refused.returncode == 2 and "sha256" in refused.stderr and refused.stderr.count("\n") == 1
-    done = run(*small, "--no-check", **options)
+    done = run(*small, "--init", said[1], **options)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert "vocab_size 50257" in done.stdout and "first 2,048 tokens" in done.stdout and "\nsora " in done.stdout
+    assert "vocab_size=50257" in done.stdout and "first 2,048 tokens" in done.stdout and "\nsora " in done.stdout
 
 
 def test_train_gpt_compares_with_peft(tmp_path):
@@ -1080,11 +1247,79 @@ def test_train_gpt_compares_with_peft(tmp_path):
     names = ["lora", "dora", "peft-lora", "peft-dora"]
     done = run("--methods", ",".join(names), "--json", tmp_path / "all.json")
     assert done.returncode == 0, done.stderr
-    rows = {name: rows[0] for name, rows in json.loads((tmp_path / "all.json").read_text())["results"].items()}
+    rows = {row["method"]: row for row in rows_of(tmp_path / "all.json")}
     for mine, theirs in zip(names[:2], names[2:]):
         assert rows[mine]["trainable"] == rows[theirs]["trainable"]
         assert rows[mine]["start"] == pytest.approx(rows[theirs]["start"], abs=1e-4)
         assert rows[theirs]["loss"] < rows[theirs]["start"] and rows[theirs]["ms"] > 0
+
+
+EACH = pytest.mark.parametrize("method", [name for name in train_gpt.METHODS
+                                          if train_gpt.find_spec("peft") or not name.startswith("peft-")])
+
+
+def frozen_gpt():
+    """A base to train from, far enough from its start that no bias is zero."""
+    return trained(tiny_gpt(n_embd=32, block_size=128, vocab_size=64), 0.1).requires_grad_(False)
+
+
+@EACH
+def test_every_method_starts_at_the_base_in_bfloat16(method):
+    args = parsed("--dtype", "bfloat16", "--device", "cpu", "--block-size", 128)
+    base, windows = frozen_gpt(), tokens(8, 129, vocabulary=64)
+    expected = train_gpt.evaluate(base, windows, args)
+    _, forward, _ = train_gpt.start(base, method, 0, args)
+    assert train_gpt.evaluate(forward, windows, args) == expected
+    assert expected != train_gpt.evaluate(base, windows, parsed("--dtype", "float32"))
+    few = windows[:, :9]  # for so few tokens W' is not built, and y is rounded once more
+    expected = train_gpt.evaluate(base, few, args)
+    assert train_gpt.evaluate(forward, few, args) == pytest.approx(expected, abs=1e-2)
+
+
+def storages(model):
+    return {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+
+
+@EACH
+def test_what_is_frozen_is_shared_with_the_base_and_left_alone(method):
+    args, base = parsed("--device", "cpu"), frozen_gpt()
+    model, forward, optimizer = train_gpt.start(base, method, 0, args)
+    state, adapted = copy.deepcopy(base.state_dict()), []
+    for name, layer in base.named_modules():
+        if method != "full" and isinstance(layer, (nn.Linear, nn.Embedding)):
+            mine = model.get_submodule(name)
+            W0 = getattr(mine, "base_layer", mine).weight
+            own = (method, name) == ("frozen", "transformer.wpe")
+            assert (W0.data_ptr() == layer.weight.data_ptr()) != own, name
+            adapted += [name] * (type(mine) is not type(layer))
+    assert len(adapted) == (0 if method in ("full", "frozen") else 8)
+    mine = {p.untyped_storage().data_ptr() for p in model.parameters() if p.requires_grad}
+    assert mine and not mine & storages(base)
+    if method == "full":
+        assert mine == storages(model) and len(mine) == len(storages(base))
+
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
+    for _ in range(2):  # A has no gradient in the first step
+        train_gpt.train_step(forward, optimizer, tokens(4, 129, vocabulary=64), 1e-2, args)
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
+    assert all(torch.equal(p, state[name]) for name, p in base.state_dict().items())
+    if method == "frozen":
+        assert before.keys() == {"transformer.wpe.weight"}
+
+
+@pytest.mark.parametrize("method", ["sora", "lora", "peft-lora"])
+def test_exact_and_targets_reach_the_layers(method):
+    if method.startswith("peft-"):
+        pytest.importorskip("peft")
+    args, base = parsed("--no-exact", "--targets", "c_attn", "mlp.c_proj"), tiny_gpt().requires_grad_(False)
+    model = train_gpt.prepare(base, method, args)
+    layers = {name: model.get_submodule(name) for name, m in base.named_modules() if isinstance(m, nn.Linear)}
+    adapted = {name for name, layer in layers.items() if type(layer) is not nn.Linear}
+    assert adapted == {f"transformer.h.{i}.{name}" for i in (0, 1) for name in ("attn.c_attn", "mlp.c_proj")}
+    if method == "sora":
+        assert not any(layers[name].exact for name in adapted)
+        exact = train_gpt.prepare(base, method, parsed())
+        assert [m.exact for m in exact.modules() if isinstance(m, SORALinear)] == [True] * 8
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -1097,7 +1332,8 @@ def test_train_gpt_compiles_each_method_once(monkeypatch, capsys):
     names = ["full", *METHODS, "frozen"]
     monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *"--compile --seeds 2 --methods".split(), ",".join(names)])
     train_gpt.main()
-    assert "compiled\n" in capsys.readouterr().out and counters["unique_graphs"] == len(names)
+    assert ", compiled: the first steps take long\n" in capsys.readouterr().out
+    assert counters["unique_graphs"] == len(names)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -1113,30 +1349,16 @@ def test_train_gpt_compiles_as_many_methods_as_there_are(monkeypatch, capsys):
     assert "\npeft-dora " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", [*METHODS, "frozen", "full"])
-def test_what_is_frozen_is_cast_once(method, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--dtype", "bfloat16", "--r", "2", "--device", "cpu"])
-    base = tiny_gpt()
-    model = train_gpt.Run(base, method, 0, train_gpt.arguments()).model
-    narrow = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
-    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    matrices = {name for name, m in model.named_modules() if hasattr(m, "in_features")}
-    weights = {f"{name}.weight" for name in matrices if name != "lm_head" and method == "frozen"}
-    weights |= {"transformer.wte.weight"} if method != "full" else set()
-    assert {name for name in narrow if name.endswith("weight")} == weights
-    assert all(torch.equal(p, base.state_dict()[name].bfloat16()) for name, p in model.named_parameters()
-               if name in narrow)
-
-
 def test_train_gpt_in_bfloat16(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = "--dtype bfloat16 --device cpu --methods full,sora,frozen --sample 5 --json all.json".split()
     monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *flags])
     train_gpt.main()
-    results = json.loads((tmp_path / "all.json").read_text())["results"]
-    assert "bfloat16\n" in capsys.readouterr().out and len(results) == 4
-    for row, in results.values():
-        assert row["loss"] == pytest.approx(row.get("merged", row["loss"]), abs=0.01) and len(row["text"]) == 9 + 5
+    rows, printed = rows_of("all.json"), capsys.readouterr().out
+    assert "bfloat16\n" in printed and [row["method"] for row in rows] == ["full", "sora", "frozen"]
+    assert [name for name, _ in samples(printed)] == ["(base)", "full", "sora", "frozen"]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["merged"], abs=0.01)
 
 
 def test_gpt2_changes_the_defaults(monkeypatch):
@@ -1153,14 +1375,82 @@ def test_train_gpt_ends_with_its_table_whatever_happens(tmp_path):
     done = run(*flags, cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert "diverged: choose a lower rate than --lr full=1e+30" in done.stdout
-    assert re.search(r"\nfull +[\d,]+ +100.00 +- +- ", done.stdout) and re.search(r"\nlora .* \? 0", done.stdout)
-    assert json.loads((tmp_path / "all.json").read_text())["results"]["full"][1]["loss"] is None
+    assert re.search(r"\nfull +[\d,]+ +- +[\d.]+ +- +- +-\n", done.stdout) and re.search(r"\nlora .* \? 0", done.stdout)
+    assert [row["loss"] is None for row in rows_of(tmp_path / "all.json")] == [True, True, False, False]
+
+
+def test_each_row_is_appended_as_a_line_of_json(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("all.json").write_text('{"of": "an earlier run"}\n')
+    flags = "--device cpu --methods full,lora --lr 1e-2,full=1e30 --no-exact --json all.json".split()
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *flags])
+    train_gpt.main()
+    assert "NaN" not in Path("all.json").read_text()
+    earlier, full, lora = rows_of("all.json")
+    assert earlier == {"of": "an earlier run"}
+    assert full["loss"] is None and "diverged" in full["note"] and math.isfinite(lora["loss"])
+    for row, name in [(full, "full"), (lora, "lora")]:
+        settings = row["settings"]
+        assert row["method"] == name and row["seed"] == 0 and row["start"] > 0 and row["ms"] > 0
+        assert settings["lr"]["full"] == 1e30 and settings["lr"]["lora"] == 1e-2 and settings["r"] == 2
+        assert settings["torch"] == torch.__version__ and settings["device"] == "cpu" and settings["exact"] is False
+        assert settings.keys() == vars(train_gpt.arguments()).keys() | {"torch"}
+
+
+def test_a_killed_run_leaves_whole_lines(tmp_path):
+    flags = "--methods frozen,lora --steps 500 --json".split()
+    command = [sys.executable, HERE / "train_gpt.py", *TINY, *flags, tmp_path / "all.json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=ALONE) as process:
+        for line in process.stdout:
+            if line.startswith("frozen") and "validation loss" in line:
+                process.kill()
+                break
+    assert process.returncode == -signal.SIGKILL and (tmp_path / "all.json").read_text().endswith("}\n")
+    written = [row["method"] for row in rows_of(tmp_path / "all.json")]
+    assert written and written == ["frozen", "lora"][:len(written)]
+
+
+def test_the_table_of_a_large_model_fits_and_is_explained(capsys):
+    row = {"loss": 2.7, "trainable": 1_557_611_200, "ms": 1234.5, "relative": 1.23, "memory": 123456.0, "change": 0.123,
+           "entropy2": 0.456, "entropy1": 0.789, "spectrum": [-0.5 * i for i in range(train_gpt.POINTS)]}
+    results = {name: [row, row | {"loss": 2.71}] for name in ("full", "lora", "peft-dora")}
+    train_gpt.print_table({"(base)": [{"loss": 2.7}]} | results | {"sora": []})
+    table, legend = capsys.readouterr().out.strip().split("\n\n")
+    head, base, *rows = table.splitlines()
+    assert re.split("  +", head) == ["method", *train_gpt.COLUMNS, "spectrum"]
+    assert len(rows) == 3 and re.search("2.705 ± 0.007 .* 123,456 .* █", rows[0])
+    assert base.split()[:3] == ["(base)", "-", "2.700"]
+    for title in [*train_gpt.COLUMNS, "spectrum"]:
+        assert re.search(f"^{re.escape(title)}  ", legend, re.MULTILINE), title
+    assert max(map(len, table.splitlines())) <= 100
+    assert max(map(len, legend.splitlines())) <= 100
+
+
+def test_the_second_gpu_is_asked_where_it_is_meant(monkeypatch, capsys):
+    asked = {}
+    for name, answer in [("get_device_name", "the second GPU"), ("reset_peak_memory_stats", None),
+                         ("max_memory_allocated", 3 * 2**20)]:
+        def record(device=None, name=name, answer=answer):
+            asked[name] = device
+            return answer
+        monkeypatch.setattr(torch.cuda, name, record)
+    args, base = parsed("--device", "cpu", "--methods", "lora"), tiny_gpt().requires_grad_(False)
+    args.device = torch.device("cuda:1")
+    train_gpt.announce(args, base, tokens(99), tokens(4, 9), 2.5)
+    assert re.search("^device +cuda:1, the second GPU, torch", capsys.readouterr().out)
+
+    monkeypatch.setattr(train_gpt, "evaluate", lambda *_: 2.5)  # what would need the device
+    monkeypatch.setattr(train_gpt, "batches", lambda *_: [])
+    row, _ = train_gpt.fine_tune(base, "lora", 0, tokens(99), tokens(4, 9), args)
+    assert row["memory"] == 3 and asked.keys() == {"get_device_name", "reset_peak_memory_stats", "max_memory_allocated"}
+    assert {*asked.values()} == {args.device}
 
 
 def test_train_gpt_interrupted_prints_what_has_finished():
     command = [sys.executable, HERE / "train_gpt.py", *"--methods frozen,lora --steps 50 --block-size 16".split()]
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts with & ignores it, and so here
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", preexec_fn=heed) as process:
+    options = {"text": True, "encoding": "utf-8", "env": ALONE, "preexec_fn": heed}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
         lines = []
         for line in process.stdout:
             lines.append(line)
@@ -1176,7 +1466,7 @@ def test_train_gpt_interrupted_prints_what_has_finished():
 def test_every_flag_has_help_and_a_default():
     done = run("--help")
     flags = re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE)
-    assert {"--init", "--lr", "--json", "--r-p", "--compile"} <= set(flags) and len(flags) == 22
+    assert {"--init", "--lr", "--json", "--r-p", "--compile"} <= set(flags) and len(flags) == 23
     assert " ".join(done.stdout.split()).count("(default: ") == len(flags)
 
 
@@ -1192,8 +1482,7 @@ def test_data_is_what_its_readme_says():
 
 
 def test_shipped_base():
-    ranks = train_gpt.load_tiktoken_bpe(str(HERE / "data/gpt2-2048.tiktoken"), train_gpt.VOCABULARY)
-    vocabulary = tiktoken.Encoding("small", pat_str=train_gpt.r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+    vocabulary = train_gpt.load_vocabulary(2048)
     text = torch.tensor(vocabulary.encode_ordinary((HERE / "data/austen.txt").read_text(encoding="utf-8")))
     windows = text[len(text) * 95 // 100:].unfold(0, 129, 128)  # (507, 129)
     base = GPT.from_pretrained(HERE / "data/base.pt")
@@ -1208,11 +1497,19 @@ def readme(i):
     return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)[i]
 
 
+def test_the_rows_are_read_as_readme_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("--methods", "lora,sora", "--save", "out", "--json", "out/rows.jsonl").returncode == 0
+    names = {}
+    exec(readme(0), names)
+    assert [row["method"] for row in names["rows"]] == ["lora", "sora"]
+
+
 def test_the_code_in_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = nn.ModuleDict({"q_proj": nn.Linear(32, 32), "k_proj": nn.Linear(32, 32), "v_proj": nn.Linear(32, 16)})
     fresh = copy.deepcopy(model)
-    exec(readme(0), {"model": model, "another_copy_of_the_base": fresh})
+    exec(readme(1), {"model": model, "another_copy_of_the_base": fresh})
     assert type(model["q_proj"]) is type(fresh["k_proj"]) is nn.Linear and type(fresh["v_proj"]) is SORALinear
 
 
@@ -1221,8 +1518,6 @@ def test_readme_fine_tunes_a_model_of_transformers(make, tmp_path, monkeypatch):
     base, batch = make(), tokens(4, 8)
     monkeypatch.chdir(tmp_path)
     base.save_pretrained("base")
-    code = readme(1)
-    assert len(code.splitlines()) == 8
-    exec("import torch\n" + code, {"name": "base", "batches": [batch] * 5})
+    exec(readme(2), {"name": "base", "batches": [batch] * 100})
     tuned = type(base).from_pretrained("tuned")
-    assert tuned(batch, labels=batch).loss < base(batch, labels=batch).loss - 0.05
+    assert tuned(batch, labels=batch).loss < base(batch, labels=batch).loss - 0.02
