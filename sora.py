@@ -128,7 +128,8 @@ class DiagonalPlusLowRank(nn.Module):
         """y = g ⊙ (W0 x) + U (V x) + b, as it stands below. Many tokens, so most training, take `OneProduct` instead:
         the same y for less time. Skip it at first, and the helpers: the section after the method explains them."""
         x = as_autocast_would(input)  # (..., in)
-        g, U, V = full_precision_factors(self)
+        with full_precision(self):
+            g, U, V = self.factors()
         if one_product_pays(self, x):
             return OneProduct.apply(x, self.weight, self.bias, g, U, V)
 
@@ -142,14 +143,15 @@ class DiagonalPlusLowRank(nn.Module):
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
         """W' − W0 (out, in) in the adapter's dtype, put together without forming W' and its rounding."""
-        g, U, V = full_precision_factors(self)
-        if g is None:
-            return U @ V
-        return (g - 1)[:, None] * self.weight + U @ V
+        with full_precision(self):
+            g, U, V = self.factors()
+            if g is None:
+                return U @ V
+            return (g - 1)[:, None] * self.weight + U @ V
 
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
-        """W' (out, in), in W0's dtype; bit for bit W0 as long as nothing has been trained."""
+        """W' (out, in), in W0's dtype; bit for bit W0 as long as nothing has been trained, moved or cast."""
         return (self.weight + self.delta()).to(self.weight.dtype)
 
     def extra_repr(self):
@@ -323,10 +325,9 @@ def as_autocast_would(x):
     return x
 
 
-def full_precision_factors(layer):
-    """The factors in the adapter's dtype, also under autocast: the norms and the rotation need the digits."""
-    with torch.autocast(layer.weight.device.type, enabled=False):
-        return layer.factors()
+def full_precision(layer):
+    """Computing in the adapter's dtype, also under autocast: the norms and the rotation need the digits."""
+    return torch.autocast(layer.weight.device.type, enabled=False)
 
 
 def sparing_the_adapter(layer, fn):
@@ -345,8 +346,8 @@ MANY = 512  # tokens from which OneProduct wins: measured forward and backward o
 
 
 def one_product_pays(layer, x):
-    """For many tokens, where W0 is frozen and as wide as the adapter: on a bfloat16 base the rounding of W' would undo
-    small updates. (Autocast rounds W' too, as it rounds the wide weights of full fine-tuning.)"""
+    """For many tokens, where W0 is frozen and as wide as the adapter. With W0 in bfloat16, W' would be rounded back to
+    it where an update is small; when autocast rounds a wide W', such errors average out."""
     many = x.numel() >= MANY * layer.in_features
     wide_base = layer.weight.dtype == layer.A.dtype
     same_dtype = x.dtype == layer.weight.dtype or torch.is_autocast_enabled(x.device.type)
@@ -379,16 +380,19 @@ class OneProduct(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             W = W0 if g is None else g[:, None] * W0
             W = torch.addmm(W, U, V).to(x.dtype)  # (out, in)
-            y = F.linear(x, W, None if b is None else b.to(x.dtype))
+            if b is not None:
+                b = b.to(x.dtype)
+            y = F.linear(x, W, b)
 
         if g is None:
             kept = None
-        elif torch.compiler.is_compiling():  # which itself copies what is changed in place
+        elif torch.compiler.is_compiling():  # a change within what is compiled goes to a copy, one outside raises
             kept = y
         else:
             kept = y.data  # y itself would raise in the backward pass, once it was changed
-            ctx.changes = y.detach()  # shares y's count of changes,
-            ctx.changes.data = y.new_empty(0)  # and no longer its memory
+            ctx.before = y._version
+            ctx.changed = y.detach()  # shares y's count of changes, _version,
+            ctx.changed.data = y.new_empty(0)  # and no longer its memory
         ctx.save_for_backward(x, W, W0, b, g, U, V, kept)
         return y
 
@@ -403,12 +407,12 @@ class OneProduct(torch.autograd.Function):
         x, dy = x.flatten(0, -2), dy.flatten(0, -2)  # (N, in), (N, out)
         dU = dy.T @ F.linear(x, V.to(x.dtype))  # (out, k)
         dV = (dy @ U.to(dy.dtype)).T @ x  # (k, in)
-        if b is not None and (g is not None or b.requires_grad):  # Euler's identity needs it, trained or not
+        if b is not None and (g is not None or ctx.needs_input_grad[2]):  # Euler's identity needs it, trained or not
             db = dy.sum(0, dtype=U.dtype)  # (out,)
 
         if g is None:
             return dx, None, db, None, dU, dV
-        if hasattr(ctx, "changes") and ctx.changes._version > 0:
+        if hasattr(ctx, "changed") and ctx.changed._version > ctx.before:
             dg = ((dy.T @ x) * W0).sum(1)  # (out,)
         else:
             dU = dU.to(U.dtype)
@@ -498,31 +502,33 @@ def merge(model: nn.Module, keep: bool = False) -> nn.Module:
     """Turn every adapted layer, if any, into the plain, frozen one it was, with weight W' and the same bias, in place.
     Nothing is merged unasked, in train() or eval(). keep=True holds W0 for `unmerge`, and so the memory of the adapted
     weights a second time."""
-    merged = {}
-    for name, layer in _adapted(model).items():
-        merged[name] = plain_layer(layer, layer.merged_weight())
+    for name in list(_adapted(model)):  # one by one, so that W0 goes before the next W' comes
+        layer = model.get_submodule(name)
+        merged = plain_layer(layer, layer.merged_weight())
         if keep:
             W0 = plain_layer(layer, layer.weight).weight.detach()
-            merged[name].register_buffer("W0", W0, persistent=False)
-    return _replace(model, merged)
+            merged.register_buffer("W0_before_merge", W0, persistent=False)
+        _replace(model, {name: merged})
+    return model
 
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Give the base back bit for bit, in place, its adapter dropped: of an adapted model, or after merge(keep=True).
     Raises ValueError where there is no W0 to give back."""
     layers = _adapted(model)
-    merged = [m for m in model.modules() if "W0" in m._buffers]
+    merged = [m for m in model.modules() if "W0_before_merge" in m._buffers]
     if not layers and not merged:
         raise ValueError("the model holds no W0: unmerge one that is adapted, or merged by merge(model, keep=True)")
     for linear in merged:
-        linear.weight = nn.Parameter(linear.W0, requires_grad=False)
-        del linear.W0
+        linear.weight = nn.Parameter(linear.W0_before_merge, requires_grad=False)
+        del linear.W0_before_merge
     return _replace(model, {name: plain_layer(layer, layer.weight) for name, layer in layers.items()})
 
 
 def adapter_state_dict(model: nn.Module) -> dict:
-    """What was trained (copies, on the CPU) and what load_adapter needs: method, r, alpha, r_p, exact, the names of the
-    layers in targets, and a fingerprint of their W0. Raises ValueError for no adapter or several kinds."""
+    """The adapter's parameters (copies, on the CPU) and what load_adapter needs: method, r, alpha, r_p, exact, the
+    names of the layers in targets, and a fingerprint of their W0. What else was trained, a new head say, is not in it.
+    Raises ValueError for no adapter or several kinds."""
     return _state(_adapted(model))
 
 
@@ -546,7 +552,7 @@ def _trained(layers):
 
 
 def _fingerprint(layers):
-    """Of their W0, as bfloat16: the same for a base that was cast to it."""
+    """Of their W0, as bfloat16: the same for a base that was cast to that (though not to float16)."""
     digest = hashlib.sha256()
     for layer in layers.values():
         content = bytearray(2 * layer.weight.numel())

@@ -31,7 +31,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 METHODS = ["full", *sora.METHODS, "frozen", "peft-lora", "peft-dora"]
 WARM_UP, TIMED = 2, 15  # rounds of the speed measurement: not counted, counted
 WINDOWS = 512  # at most so many validation windows
-POINTS, FLOOR = 8, 1e-4  # a spectrum: POINTS of its σ over the largest σ, cut off at FLOOR
+POINTS, FLOOR = 8, 1e-4  # a spectrum is drawn by so many of its σ, over the largest, from FLOOR to 1
 LIVE = sys.stdout.isatty()
 UPDATES = 100 if LIVE else 5  # of the progress of each training run
 
@@ -58,20 +58,20 @@ def main():
                 results[method].append(row)
                 write_row(row, args)
                 say(f"{method:9} seed {seed}  validation loss {row['start']:.4f} -> {row['loss']:.4f}, {row['note']}")
-                show_sample(method, model, windows, vocabulary, args)
+                if math.isfinite(row["loss"]):
+                    show_sample(method, model, windows, vocabulary, args)
                 del model  # or it would be held while the next one trains
     finally:  # what has finished, also after Ctrl-C or where a method fails
         print_table(results)
 
 
 def fine_tune(base, method, seed, data, windows, args):
-    """Train a copy of the base with one method and one seed. Returns a row of the table and the model, merged."""
+    """Train a copy of the base with one method and one seed. Returns a row of the table and the model."""
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
-    model, forward, optimizer = start(base, method, seed, args)
-    row = {"method": method, "seed": seed}
-    row["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    row["start"] = evaluate(forward, windows, args)
+    model, forward, optimizer = set_up(base, method, seed, args)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    row = {"method": method, "seed": seed, "trainable": trainable, "start": evaluate(forward, windows, args)}
 
     for step, batch in enumerate(batches(data, seed, args), 1):
         loss = train_step(forward, optimizer, batch, learning_rate(step, args.lr[method], args), args)
@@ -112,13 +112,13 @@ def learning_rate(step, peak, args):
     return peak * warm_up * cosine
 
 
-def start(base, method, seed, args):
+def set_up(base, method, seed, args):
     """A model ready to be trained by one method, the same, compiled where that is asked for, and its optimiser."""
     torch.manual_seed(seed)
     model = prepare(base, method, args)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1]
-    vectors = [p for p in trained if p.ndim == 1]  # biases, LayerNorms, d and m: no weight decay
+    vectors = [p for p in trained if p.ndim == 1]  # d and m, biases, ...: A, B, C, E may be drawn to 0, these not
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
@@ -134,8 +134,8 @@ def prepare(base, method, args):
     if method == "full":
         return copy.deepcopy(base).requires_grad_(True)
 
-    model = copy.deepcopy(base, memo={id(p): p for p in base.parameters()})
-    if method == "frozen":
+    model = copy.deepcopy(base, memo={id(p): p for p in base.parameters()})  # which deepcopy takes as copied already
+    if method == "frozen":  # something has to be trained, or there were no backward pass through the layers
         model.transformer.wpe = copy.deepcopy(base.transformer.wpe).requires_grad_(True)
     elif method.startswith("peft-"):  # as that library does it, on the same layers
         from peft import LoraConfig, inject_adapter_in_model
@@ -166,7 +166,7 @@ def loss_of(model, batch, args):
 
 
 def evaluate(model, windows, args):
-    """The same over windows (N, T + 1). A compiled model keeps gradients on, for it is compiled anew without them."""
+    """Mean loss over windows (N, T + 1). A compiled model keeps gradients on, for it is compiled anew without them."""
     total = 0
     with torch.set_grad_enabled(args.compile):
         for batch in windows.split(args.batch_size):
@@ -176,7 +176,7 @@ def evaluate(model, windows, args):
 
 def measure_speed(base, data, args):
     """For each method the median time of a training step, the methods taking turns."""
-    runs = {method: start(base, method, 0, args) for method in args.methods}
+    runs = {method: set_up(base, method, 0, args) for method in args.methods}
     times = {method: [] for method in runs}
     batch = next(batches(data, 0, args))
     rounds = WARM_UP + TIMED
@@ -185,11 +185,11 @@ def measure_speed(base, data, args):
             say(f"measuring speed: {rounds - i} rounds, one step of each method in turn", live=True)
         for method, (_, model, optimizer) in runs.items():
             begun = time.perf_counter()
-            train_step(model, optimizer, batch, 0.0, args).item()  # waits for the device
+            train_step(model, optimizer, batch, 0.0, args).item()  # rate 0; item waits for the device
             times[method].append(time.perf_counter() - begun)
 
     medians = {method: statistics.median(seconds[WARM_UP:]) for method, seconds in times.items()}
-    say(f"training takes about {sum(medians.values()) * args.steps * args.seeds / 60:.1f} minutes")
+    say(f"training takes, without evaluation, about {sum(medians.values()) * args.steps * args.seeds / 60:.1f} minutes")
     speed = {}
     for method, median in medians.items():
         speed[method] = {"ms": 1e3 * median, "relative": median / medians.get("frozen", math.nan)}
@@ -200,11 +200,13 @@ def spectrum(base, model):
     """Means over the layers that changed: ‖dW‖/‖W0‖, both entropies of dW, log10(σ / largest σ) at POINTS places."""
     rows = []
     for name, linear in base.named_modules():
-        if not isinstance(linear, torch.nn.Linear) or linear is base.lm_head:
+        if not isinstance(linear, torch.nn.Linear):
             continue
         layer = model.get_submodule(name)
         if hasattr(layer, "delta"):
             delta = layer.delta()
+        elif linear is base.lm_head:  # most often the embedding
+            continue
         else:
             delta = layer.weight.detach() - linear.weight
         change = (delta.norm() / linear.weight.norm()).item()
@@ -247,7 +249,7 @@ def number(text):
 
 
 def count(text):
-    if not text.isdecimal() or int(text) == 0:
+    if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
@@ -288,7 +290,7 @@ def arguments():
     flag("--n-embd", type=count, default=128, help="width, with --init scratch")
     flag("--data", default=os.path.relpath(f"{HERE}/data/shakespeare.txt"), help="text; its last tenth validates")
     flag("--methods", type=methods, default="full,lora,dora,prediag,sora",
-         help=f"of {','.join(METHODS)}: full trains every parameter, frozen only the positional embedding")
+         help=f"of {','.join(METHODS)}: full trains all, frozen the positional embedding alone, for × frozen")
     flag("--targets", nargs="+", metavar="NAME", help="layers to adapt, by the ends of their names: c_attn mlp.c_proj")
     flag("--r", type=count, default=16, help="rank of the low-rank pair")
     flag("--alpha", type=number, default=32.0, help="the pair is scaled by alpha / r")
@@ -310,8 +312,8 @@ def arguments():
     flag("--sample", type=count, metavar="N", default=0, help="tokens of text by the base and by each tuned model")
 
     if p.parse_known_args()[0].init in sora.GPT2:
-        many = torch.accelerator.is_available()
-        p.set_defaults(block_size=1024, batch_size=16 if many else 1, steps=200, lr="2e-4,full=3e-5",
+        gpu = torch.accelerator.is_available()
+        p.set_defaults(block_size=1024, batch_size=16 if gpu else 1, steps=200, lr="2e-4,full=3e-5",
                        compile=torch.cuda.is_available())  # as LoRA's authors and nanoGPT tune GPT-2
     args = p.parse_args()
     args.lr = rates(p.get_default("lr")) | args.lr
@@ -405,8 +407,8 @@ def save(model, method, seed, args):
 def write_row(row, args):
     """Where --json is given: one more line, whole as soon as the row is there. NaN, which JSON lacks, becomes null."""
     if args.json:
-        settings = vars(args) | {"torch": torch.__version__}
-        line = json.dumps(row | {"settings": settings}, default=str)
+        row = row | {"settings": vars(args) | {"torch": torch.__version__}}
+        line = json.dumps(row, default=str)
         line = json.dumps(json.loads(line, parse_constant=nothing))
         with open(args.json, "a") as file:
             file.write(line + "\n")
@@ -451,8 +453,9 @@ def show_sample(name, model, windows, vocabulary, args):
     """The first sixteen tokens of the validation set and args.sample more, where some are asked for."""
     if args.sample:
         generator = torch.Generator(args.device).manual_seed(0)
-        tokens = model.generate(windows[:1, :16], args.sample, 0.8, generator)
-        say(f"--- {name}\n{vocabulary.decode(tokens[0].tolist())}\n---")
+        tokens = model.generate(windows[:1, :16], args.sample, 0.8, generator)[0]
+        text = vocabulary.decode(tokens[tokens < vocabulary.n_vocab].tolist())
+        say(f"--- {name}\n{text}\n---")
 
 
 def announce(args, base, data, windows, loss):
@@ -465,7 +468,7 @@ def announce(args, base, data, windows, loss):
     say(f"base      {args.init}: {base.config}")
     say(f"data      {args.data}: {len(data):,} training tokens, {len(windows)} validation windows of {args.block_size}")
     say(f"training  {args.seeds} seed(s), {args.steps} steps of {args.batch_size} x {args.block_size} tokens, lr {lr}")
-    say(f"start     validation loss {loss:.4f}, the base's: every adapter starts as the identity\n")
+    say(f"start     validation loss {loss:.4f}, the base's: every method starts there\n")
 
 
 def print_table(results):
@@ -504,8 +507,8 @@ def sparkline(rows):
     spectra = [row["spectrum"] for row in rows if "spectrum" in row]
     bars = ""
     for logs in zip(*spectra):
-        height = 1 - statistics.fmean(logs) / math.log10(FLOOR)
-        bars += " ▁▂▃▄▅▆▇█"[math.ceil(8 * height - 0.1)]
+        height = 8 - 8 * statistics.fmean(logs) / math.log10(FLOOR)
+        bars += " ▁▂▃▄▅▆▇█"[round(height)]
     return bars
 
 
