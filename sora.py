@@ -13,17 +13,25 @@ it: is it placed before or after the low-rank update B A is added, and what kind
 
 where s = alpha / r is a number and ‖·‖row takes the norm of each row.
 
-Why entropy: full fine-tuning changes a weight a little in every direction, LoRA in r directions only. How evenly an
-update W' − W0 is spread over its directions is told by the entropy of its singular values (`svd_entropy`). The paper
-finds it higher for DoRA than for LoRA, and holds this to be why DoRA does better: (diag(g) − 1) W0 has full rank.
-Why before: placed after, as in DoRA, the diagonal rescales BA as well, and DoRA's g hangs on a norm that moves with BA;
-placed before, d calibrates W0 and leaves BA alone. Why rotate: a diagonal only stretches each output feature, a
-rotation mixes them; it turns the columns of the calibrated weight and keeps their lengths and angles.
+What makes one choice better? The paper's yardstick is how evenly the update W' − W0 is spread over its directions: the
+entropy of its singular values (`svd_entropy`). Full fine-tuning changes a weight a little in every direction, LoRA in r
+directions only; DoRA's entropy is higher than LoRA's, as (diag(g) − I) W0 is not of low rank, and this, the paper
+holds, is why DoRA does better. Why before? Placed after, a diagonal rescales BA too, and DoRA's hangs on a norm that
+moves with BA; placed before, d calibrates W0 and leaves BA alone. Why rotate? A diagonal only stretches each output
+feature, a rotation mixes them; and it may stand after, for it turns the columns of the sum but keeps their lengths and
+angles.
 
 The file rests on one identity. Each of the four is a diagonal times W0 plus a product of low rank k, and we call
 g (out,), U (out, k) and V (k, in) its factors:
 
     W' = diag(g) W0 + U V        so that        y = W'x + b = g ⊙ (W0 x) + U (V x) + b
+
+where x ⊙ y is the elementwise product. This is plain for the first three: multiply out the brackets. For SORA, write
+the rotation as R = I + K Pᵀ, with K and P (out, 2 r_p) made of C and E (see `rotation`); on M = diag(d) W0 + sBA it is
+
+    R M = M + K (Pᵀ M) = diag(d) W0 + (sB) A + K (Pᵀ M) = diag(d) W0 + [ sB , K ] [ A ; Pᵀ M ]
+
+with [ x , y ] side by side and [ x ; y ] one above the other. So
 
     method     g                       U             V                                 k
     LoRA       1                       sB            A                                 r
@@ -31,13 +39,8 @@ g (out,), U (out, k) and V (k, in) its factors:
     Pre-Diag   d                       sB            A                                 r
     SORA       d                       [ sB , K ]    [ A ; Pᵀ(diag(d) W0 + sBA) ]      r + 2 r_p
 
-The first three are their formula with the brackets multiplied out. For SORA the rotation is written R = I + K Pᵀ, with
-K and P (out, 2 r_p) made of C and E (see `rotation`), and acts on M = diag(d) W0 + sBA:
-
-    R M = M + K (Pᵀ M) = diag(d) W0 + (sB) A + K (Pᵀ M)        two products, stacked into one: the last row
-
-So one layer holds all that follows (forward, delta, merged_weight), and a method is its extra parameters and a few
-lines that return (g, U, V). In a hurry, read `DiagonalPlusLowRank.forward` and each class's `factors`.
+and one layer holds all that follows (forward, delta, merged_weight): a method is its extra parameters and a few lines
+that return (g, U, V). In a hurry, read `DiagonalPlusLowRank.forward` and each class's `factors`.
 
 Glossary
     here            in the formulas                                               in the authors' code
@@ -48,7 +51,6 @@ Glossary
     d               d (out,): the diagonal that calibrates W0                     lora_Diag
     C, E, r_p       C, E (out, r_p): the pair that spans the rotation             lora_C, lora_D
     P, K            P, K (out, 2 r_p), made of C and E: R = I + K Pᵀ              -
-    x ⊙ y, [x , y], [x ; y]    elementwise product; side by side; one above the other
 
 Use
     from sora import adapt, adapter_state_dict, load_adapter, merge
@@ -125,8 +127,8 @@ class DiagonalPlusLowRank(nn.Module):
         return None, self.s * self.B, self.A
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """y = g ⊙ (W0 x) + U (V x) + b, as it stands below. Many tokens, so most training, take `OneProduct` instead:
-        the same y for less time. Skip it at first, and the helpers: the section after the method explains them."""
+        """y = g ⊙ (W0 x) + U (V x) + b, in the last six lines. Many tokens, so most training, take `OneProduct`: the
+        same y for less time. Skip that and the helpers for now: the section after the method explains them."""
         x = as_autocast_would(input)  # (..., in)
         with full_precision(self):
             g, U, V = self.factors()
@@ -138,7 +140,7 @@ class DiagonalPlusLowRank(nn.Module):
         UVx = F.linear(F.linear(x, V), U, self.bias)  # (..., out), plus b
         if g is None:
             return Wx + UVx
-        return torch.addcmul(UVx, g, Wx).to(Wx.dtype)  # g ⊙ Wx + UVx
+        return (g * Wx + UVx).to(Wx.dtype)
 
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
@@ -151,7 +153,7 @@ class DiagonalPlusLowRank(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
-        """W' (out, in), in W0's dtype; bit for bit W0 as long as nothing has been trained, moved or cast."""
+        """W' (out, in), in W0's dtype; bit for bit W0 until something is trained (or, for DoRA's norms, cast)."""
         return (self.weight + self.delta()).to(self.weight.dtype)
 
     def extra_repr(self):
@@ -179,8 +181,8 @@ class DoRALinear(DiagonalPlusLowRank):
     m   (out,)     ‖W0‖row                        trained
     Parameters: r (in + out) + out. Row i of W' has norm |m_i|, unless that of W0 + sBA is zero.
     ‖·‖row is one Euclidean norm per output row, and a constant to the gradient (DoRA paper, section 4.3). W0 + sBA is
-    formed for it, for a moment in each pass, and not expanded into smaller products, which would lose the digits where
-    sBA all but cancels W0. A row's norm counts as 1e-19 at least, whose square float32 can still hold.
+    formed for it, for a moment in each pass: its norm as ‖W0‖² + 2⟨W0, sBA⟩ + ‖sBA‖² would need no such matrix, but has
+    no digits left where sBA all but cancels W0. A row's norm counts as 1e-19 at least.
     """
 
     method = "dora"
@@ -226,7 +228,7 @@ class SORALinear(PreDiagLinear):
 
     A, B, d               as in Pre-Diag                                            trained
     C   (out, r_p)        kaiming_uniform(a=√5, mode="fan_out")                     trained
-    E   (out, r_p)        a copy of C: R = I, yet neither has a gradient of zero    trained
+    E   (out, r_p)        a copy of C: R = I, but unlike with E = 0 both can move   trained
     Parameters: r (in + out) + out + 2 r_p out. With R = I + K Pᵀ (see `rotation`) and M = diag(d) W0 + sBA,
         W' = M + K (Pᵀ M) = diag(d) W0 + [sB , K] [A ; Pᵀ M]
     A token costs what it costs Pre-Diag at rank r + 2 r_p; K and Pᵀ M come once a pass, however many tokens there are.
@@ -250,7 +252,7 @@ class SORALinear(PreDiagLinear):
     def factors(self):
         sB = self.s * self.B
         K, P = rotation(self.C, self.E, self.exact)  # (out, 2 r_p) each
-        PW = product((self.d[:, None] * P).T, self.weight)  # (2 r_p, in): Pᵀ diag(d) W0
+        PW = product((self.d[:, None] * P).T, self.weight)  # (2 r_p, in): Pᵀ diag(d) W0, see `product` for the dtype
         PM = PW + (P.T @ sB) @ self.A  # (2 r_p, in): Pᵀ (diag(d) W0 + sBA)
 
         U = torch.cat([sB, K], 1)  # (out, r + 2 r_p)
@@ -265,30 +267,30 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
     """(K, P), both (out, 2 r_p), of the rotation R = I + K Pᵀ that the pair C, E (out, r_p) spans.
 
     S = t (E Cᵀ − C Eᵀ) is skew (Sᵀ = −S), with t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)), of Frobenius norms. t is the
-    authors': without it S would grow as the square of C and E, with it S grows linearly; it is no bound on S. R is the
-    Cayley transform of S,
+    authors': without it S grows as the square of C and E, with it only linearly once they are large; it is no bound on
+    S. R is the Cayley transform of S,
 
-        R = (I − S/2)⁻¹ (I + S/2) = I + S + S²/2 + ...
+        R = (I − S/2)⁻¹ (I + S/2)        (= I + S + S²/2 + ... for small S)
 
-    which is orthogonal for every S; the authors' layer stops after S, and exact=False gives theirs.
+    which is orthogonal for every skew S (and I − S/2 can be inverted, as the eigenvalues of S are imaginary). The
+    authors' layer stops after S; exact=False gives theirs.
 
-    S has rank 2 r_p at most, so R costs no more than the inverse of a matrix of that size. With P = [E − C , C] and
-    J = (0 −I; I 0), whose inverse is (0 I; −I 0),
+    S has rank 2 r_p at most, and so the only inverse needed is that small. Let P = [E − C , C] (why not [E , C] is said
+    below) and Q = t (0 I; −I 0), so that Q⁻¹ = J/t with J = (0 −I; I 0). Then S = P Q Pᵀ, for
 
-        P J⁻¹ Pᵀ = (E − C) Cᵀ − C (E − C)ᵀ = E Cᵀ − C Eᵀ        so        S = P Q Pᵀ  with  Q = t J⁻¹,  Q⁻¹ = J/t
+        P (0 I; −I 0) Pᵀ = (E − C) Cᵀ − C (E − C)ᵀ = E Cᵀ − C Eᵀ
 
-    From (I − S/2) P = P − P Q PᵀP/2 = P Q (Q⁻¹ − PᵀP/2) follows
-
-        (I − S/2)⁻¹ P Q = P (Q⁻¹ − PᵀP/2)⁻¹ = P X⁻¹        with        X = J/t − PᵀP/2,  (2 r_p, 2 r_p)
-
-    and therefore, as I + S/2 = (I − S/2) + S,
+    Let X = Q⁻¹ − PᵀP/2 = J/t − PᵀP/2, (2 r_p, 2 r_p). Then P Q X = P − P Q (PᵀP)/2 = (I − S/2) P; multiplied by
+    (I − S/2)⁻¹ from the left and X⁻¹ from the right, this says (I − S/2)⁻¹ P Q = P X⁻¹. As I + S/2 = (I − S/2) + S,
 
         R = I + (I − S/2)⁻¹ S = I + (I − S/2)⁻¹ P Q Pᵀ = I + P X⁻¹ Pᵀ        so        K = P X⁻¹
 
-    R is orthogonal: RᵀR = I + P X⁻ᵀ (X + Xᵀ + PᵀP) X⁻¹ Pᵀ = I, as Jᵀ = −J. X is never singular: X v = 0 means
-    0 = vᵀX v = −‖P v‖²/2, so P v = 0, so J v = 0, so v = 0. For the authors' R = I + S, X = J/t. And P = [E , C] would
-    give the same S, but as E starts as a copy of C, ours starts as P = [0 , C] and K = [−tC , 0]: then K Pᵀ is exactly
-    0, and W' = W0 bit for bit.
+    X can be inverted: if X v = 0, then 0 = vᵀX v = −‖P v‖²/2, as vᵀJ v = 0; so P v = 0, and J v/t = X v + PᵀP v/2 = 0,
+    so v = 0. And R is orthogonal: RᵀR = I + P X⁻ᵀ (X + Xᵀ + PᵀP) X⁻¹ Pᵀ = I, as Jᵀ = −J. (For the authors' I + S it is
+    X = Q⁻¹.)
+
+    [E , C] would give the same S. But E starts as a copy of C, and from P = [0 , C] follows X⁻¹ = (· tI; −tI 0), whose
+    last 0 no rounding touches, hence K = [−tC , 0], K Pᵀ = 0 and W' = W0 bit for bit.
     """
     P = torch.cat([E - C, C], 1)  # (out, 2 r_p)
     wide = P if P.device.type == "mps" else P.double()  # for large C and E float32 would lose digits of RᵀR = I
@@ -304,7 +306,7 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
     return (wide @ inverse).to(P.dtype), P
 
 
-# ======== The right digits, and the same numbers for less time: nothing in this section changes what is computed
+# ======== The right digits, and the same numbers for less time: nothing in this section changes the formulas
 
 
 def wide_dtype(weight):
@@ -346,8 +348,9 @@ MANY = 512  # tokens from which OneProduct wins: measured forward and backward o
 
 
 def one_product_pays(layer, x):
-    """For many tokens, where W0 is frozen and as wide as the adapter. With W0 in bfloat16, W' would be rounded back to
-    it where an update is small; when autocast rounds a wide W', such errors average out."""
+    """For many tokens, where W0 is frozen and in the adapter's dtype. (A bfloat16 W0 lies on the grid of bfloat16: after
+    a small update W' would be rounded back to it. A float32 W0 under autocast lies anywhere between: of many small
+    updates some reach the next point of the grid, and the mean survives.)"""
     many = x.numel() >= MANY * layer.in_features
     wide_base = layer.weight.dtype == layer.A.dtype
     same_dtype = x.dtype == layer.weight.dtype or torch.is_autocast_enabled(x.device.type)
@@ -367,10 +370,11 @@ class OneProduct(torch.autograd.Function):
         colsum(dy ⊙ y) = g ⊙ dg + rowsum(U ⊙ dU) + b ⊙ db
 
     where the direct way, dg = colsum(dy ⊙ (W0 x)), needs W0 x, which is never formed. The price: dg loses digits where
-    g W0 x is a small part of y, and fades to 0 where |g| is below 10 units of the last digit of 1 (`near_0`).
+    g W0 x is a small part of y, and fades to 0 where |g| is near 10 eps of its dtype (`near_0`).
 
     Like any weight under autocast, W' is kept for the backward pass in x's dtype. And y is kept, which others may
-    change in place, as an nn.ReLU(inplace=True) after the layer does. nn.Linear allows that, so this does: then
+    change in place, as an nn.ReLU(inplace=True) after the layer does. nn.Linear allows that, so this does: y's memory
+    is kept out of autograd's sight, beside an empty twin of y that shares its count of changes; if that has moved,
     dg = rowsum((dyᵀ x) ⊙ W0), which is slower and always right. There is no second derivative, and torch.func's
     transforms refuse a Function like this: set MANY = math.inf for them.
     """
@@ -391,8 +395,8 @@ class OneProduct(torch.autograd.Function):
         else:
             kept = y.data  # y itself would raise in the backward pass, once it was changed
             ctx.before = y._version
-            ctx.changed = y.detach()  # shares y's count of changes, _version,
-            ctx.changed.data = y.new_empty(0)  # and no longer its memory
+            ctx.twin = y.detach()  # it shares y's count of changes, _version, and its memory,
+            ctx.twin.data = y.new_empty(0)  # which it gives up here
         ctx.save_for_backward(x, W, W0, b, g, U, V, kept)
         return y
 
@@ -412,7 +416,7 @@ class OneProduct(torch.autograd.Function):
 
         if g is None:
             return dx, None, db, None, dU, dV
-        if hasattr(ctx, "changed") and ctx.changed._version > ctx.before:
+        if hasattr(ctx, "twin") and ctx.twin._version > ctx.before:
             dg = ((dy.T @ x) * W0).sum(1)  # (out,)
         else:
             dU = dU.to(U.dtype)
@@ -420,7 +424,7 @@ class OneProduct(torch.autograd.Function):
             if b is not None:
                 g_dg = torch.addcmul(g_dg, b, db, value=-1)
             near_0 = 10 * torch.finfo(g.dtype).eps
-            dg = g_dg / (g + near_0**2 / g)  # g_dg / g, but no division by 0
+            dg = g_dg / (g + near_0**2 / g)  # g_dg / g; for g = 0, g_dg / inf = 0
         return dx, None, db, dg, dU, dV
 
 

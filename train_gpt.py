@@ -6,7 +6,7 @@
     python train_gpt.py --init scratch --methods full --data data/austen.txt      pre-train a base
 
 All methods start from the same base, see the same batches and are measured on the same validation windows. Times are
-medians over steps taken in turn (A B C A B C ...), so that a busy machine slows all methods alike.
+medians over steps taken in turn (lora dora lora dora ...), so that a busy machine slows all methods alike.
 """
 import argparse
 import copy
@@ -87,9 +87,9 @@ def fine_tune(base, method, seed, data, windows, args):
         row["note"] = "only measured: neither saved nor merged"
     else:
         row |= spectrum(base, model)
-        path = save(model, method, seed, args)
+        saved = save(model, method, seed, args)
         row["merged"] = evaluate(sora.merge(model), windows, args)
-        row["note"] = f"merged {row['merged']:.4f}{path}"
+        row["note"] = f"merged {row['merged']:.4f}{saved}"
     return row, model
 
 
@@ -113,7 +113,7 @@ def learning_rate(step, peak, args):
 
 
 def set_up(base, method, seed, args):
-    """A model ready to be trained by one method, the same, compiled where that is asked for, and its optimiser."""
+    """Returns (model, forward, optimizer): forward is the model, compiled where that is asked for."""
     torch.manual_seed(seed)
     model = prepare(base, method, args)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -135,7 +135,7 @@ def prepare(base, method, args):
         return copy.deepcopy(base).requires_grad_(True)
 
     model = copy.deepcopy(base, memo={id(p): p for p in base.parameters()})  # which deepcopy takes as copied already
-    if method == "frozen":  # something has to be trained, or there were no backward pass through the layers
+    if method == "frozen":  # without anything to train there would be no backward pass to measure
         model.transformer.wpe = copy.deepcopy(base.transformer.wpe).requires_grad_(True)
     elif method.startswith("peft-"):  # as that library does it, on the same layers
         from peft import LoraConfig, inject_adapter_in_model
@@ -179,10 +179,9 @@ def measure_speed(base, data, args):
     runs = {method: set_up(base, method, 0, args) for method in args.methods}
     times = {method: [] for method in runs}
     batch = next(batches(data, 0, args))
-    rounds = WARM_UP + TIMED
-    for i in range(rounds):
+    for i in range(WARM_UP + TIMED):
         if LIVE or i == 0:
-            say(f"measuring speed: {rounds - i} rounds, one step of each method in turn", live=True)
+            say(f"measuring speed: {WARM_UP + TIMED - i} rounds, one step of each method in turn", live=True)
         for method, (_, model, optimizer) in runs.items():
             begun = time.perf_counter()
             train_step(model, optimizer, batch, 0.0, args).item()  # rate 0; item waits for the device
