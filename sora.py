@@ -157,7 +157,7 @@ class DiagonalPlusLowRank(nn.Module):
         return (self.weight + self.delta()).to(self.weight.dtype)
 
     def extra_repr(self):
-        return f"{self.in_features}, {self.out_features}, r={self.r}, alpha={self.alpha}"
+        return f"{self.in_features}, {self.out_features}, r={self.r}"
 
     def _apply(self, fn, recurse=True):  # what .to(), .cuda(), .half(), ... call
         return super()._apply(sparing_the_adapter(self, fn), recurse)
@@ -179,29 +179,28 @@ class DoRALinear(DiagonalPlusLowRank):
 
     A, B           as in LoRA                     trained
     m   (out,)     ‖W0‖row                        trained
-    Parameters: r (in + out) + out. Row i of W' has norm |m_i|, unless that of W0 + sBA is zero.
+    Parameters: r (in + out) + out. Row i of W' has norm |m_i|, as long as digits are left of row i of W0 + sBA: its
+    norm counts as eps ‖W0‖row at least, with the eps of W0's dtype, so that W' stays bounded where sBA cancels W0.
     ‖·‖row is one Euclidean norm per output row, and a constant to the gradient (DoRA paper, section 4.3). W0 + sBA is
-    formed for it, for a moment in each pass: its norm as ‖W0‖² + 2⟨W0, sBA⟩ + ‖sBA‖² would need no such matrix, but has
-    no digits left where sBA all but cancels W0. A row's norm counts as 1e-19 at least.
+    formed for it, for a moment in each pass: ‖W0‖² + 2⟨W0, sBA⟩ + ‖sBA‖² would do without, but loses twice the digits.
     """
 
     method = "dora"
 
     def create_parameters(self):
         super().create_parameters()
-        self.m = nn.Parameter(row_norms(self.weight.to(self.A.dtype)))  # (out,)
+        norms = self.row_norms(self.B)  # (out,): of W0, as B is 0
+        self.least = nn.Buffer((norms * torch.finfo(self.weight.dtype).eps).clamp_min(1e-19), persistent=False)
+        self.m = nn.Parameter(torch.maximum(norms, self.least))
+
+    @torch.no_grad()
+    def row_norms(self, sB):
+        return torch.linalg.vector_norm(torch.addmm(self.weight.to(sB.dtype), sB, self.A), dim=1)  # of W0 + sBA
 
     def factors(self):
         sB = self.s * self.B
-        with torch.no_grad():
-            norms = row_norms(torch.addmm(self.weight.to(sB.dtype), sB, self.A))  # (out,): of W0 + sBA
-        g = self.m / norms
+        g = self.m / torch.maximum(self.row_norms(sB), self.least)  # (out,)
         return g, g[:, None] * sB, self.A
-
-
-def row_norms(W):
-    """‖W‖row (out,), but at least 1e-19, so that one can divide by it."""
-    return torch.linalg.vector_norm(W, dim=1).clamp_min(1e-19)
 
 
 class PreDiagLinear(DiagonalPlusLowRank):
@@ -348,8 +347,8 @@ MANY = 512  # tokens from which OneProduct wins: measured forward and backward o
 
 
 def one_product_pays(layer, x):
-    """For many tokens, where W0 is frozen and in the adapter's dtype. (A bfloat16 W0 lies on the grid of bfloat16: after
-    a small update W' would be rounded back to it. A float32 W0 under autocast lies anywhere between: of many small
+    """For many tokens, where W0 is frozen and in the adapter's dtype. (A bfloat16 W0 lies on the grid of bfloat16: W'
+    would be rounded back to it after a small update. A float32 W0 under autocast lies anywhere between: of many small
     updates some reach the next point of the grid, and the mean survives.)"""
     many = x.numel() >= MANY * layer.in_features
     wide_base = layer.weight.dtype == layer.A.dtype
@@ -369,14 +368,14 @@ class OneProduct(torch.autograd.Function):
 
         colsum(dy ⊙ y) = g ⊙ dg + rowsum(U ⊙ dU) + b ⊙ db
 
-    where the direct way, dg = colsum(dy ⊙ (W0 x)), needs W0 x, which is never formed. The price: dg loses digits where
-    g W0 x is a small part of y, and fades to 0 where |g| is near 10 eps of its dtype (`near_0`).
+    That needs y, where the direct way, dg = colsum(dy ⊙ (W0 x)) = rowsum((dyᵀ x) ⊙ W0), takes a product as large as y.
+    The price: dg loses digits where g W0 x is a small part of y, and fades to 0 where |g| is near 10 eps (`near_0`). So
+    the direct way is taken where there are few digits, under autocast, when compiling, and where y was changed in place
+    meanwhile, as by an nn.ReLU(inplace=True) after the layer: y's memory is kept out of autograd's sight, beside an
+    empty twin of y that shares its count of changes.
 
-    Like any weight under autocast, W' is kept for the backward pass in x's dtype. And y is kept, which others may
-    change in place, as an nn.ReLU(inplace=True) after the layer does. nn.Linear allows that, so this does: y's memory
-    is kept out of autograd's sight, beside an empty twin of y that shares its count of changes; if that has moved,
-    dg = rowsum((dyᵀ x) ⊙ W0), which is slower and always right. There is no second derivative, and torch.func's
-    transforms refuse a Function like this: set MANY = math.inf for them.
+    W' is kept for the backward pass, as autocast keeps its cast of a weight. There is no second derivative, and
+    torch.func's transforms refuse a Function like this: set MANY = math.inf for them.
     """
 
     @staticmethod
@@ -384,15 +383,11 @@ class OneProduct(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             W = W0 if g is None else g[:, None] * W0
             W = torch.addmm(W, U, V).to(x.dtype)  # (out, in)
-            if b is not None:
-                b = b.to(x.dtype)
-            y = F.linear(x, W, b)
+            y = F.linear(x, W, None if b is None else b.to(x.dtype))
 
-        if g is None:
-            kept = None
-        elif torch.compiler.is_compiling():  # a change within what is compiled goes to a copy, one outside raises
-            kept = y
-        else:
+        kept = None
+        uncounted = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()  # changes of y
+        if g is not None and x.dtype == g.dtype and not uncounted:
             kept = y.data  # y itself would raise in the backward pass, once it was changed
             ctx.before = y._version
             ctx.twin = y.detach()  # it shares y's count of changes, _version, and its memory,
@@ -411,18 +406,15 @@ class OneProduct(torch.autograd.Function):
         x, dy = x.flatten(0, -2), dy.flatten(0, -2)  # (N, in), (N, out)
         dU = dy.T @ F.linear(x, V.to(x.dtype))  # (out, k)
         dV = (dy @ U.to(dy.dtype)).T @ x  # (k, in)
-        if b is not None and (g is not None or ctx.needs_input_grad[2]):  # Euler's identity needs it, trained or not
-            db = dy.sum(0, dtype=U.dtype)  # (out,)
+        if b is not None and (y is not None or b.requires_grad):  # Euler's identity needs it, trained or not
+            db = dy.sum(0)  # (out,)
 
-        if g is None:
-            return dx, None, db, None, dU, dV
-        if hasattr(ctx, "twin") and ctx.twin._version > ctx.before:
+        if g is not None and (y is None or ctx.twin._version > ctx.before):
             dg = ((dy.T @ x) * W0).sum(1)  # (out,)
-        else:
-            dU = dU.to(U.dtype)
-            g_dg = (dy * y.flatten(0, -2)).sum(0, dtype=U.dtype) - torch.einsum("ok,ok->o", U, dU)
+        elif g is not None:
+            g_dg = (dy * y.flatten(0, -2)).sum(0) - (U * dU).sum(1)
             if b is not None:
-                g_dg = torch.addcmul(g_dg, b, db, value=-1)
+                g_dg = g_dg - b * db
             near_0 = 10 * torch.finfo(g.dtype).eps
             dg = g_dg / (g + near_0**2 / g)  # g_dg / g; for g = 0, g_dg / inf = 0
         return dx, None, db, dg, dU, dV
@@ -541,8 +533,8 @@ def _state(layers):
     if len(kinds) != 1:
         raise ValueError(f"the model has adapters of {len(kinds)} kinds, {kinds or 'none'}: one is needed, see adapt")
     trained = {name: p.detach().to("cpu", copy=True) for name, p in _trained(layers).items()}
-    options = dict(zip(OPTIONS, kinds.pop()))
-    return options | {"targets": list(layers), "trained": trained, "fingerprint": _fingerprint(layers)}
+    rest = {"targets": list(layers), "trained": trained, "fingerprint": _fingerprint(layers)}
+    return dict(zip(OPTIONS, kinds.pop())) | rest
 
 
 def _trained(layers):
@@ -603,7 +595,7 @@ CONV1D = "<class 'transformers.pytorch_utils.Conv1D'>"  # a linear layer whose w
 
 def looks_linear(module):
     """By its attributes, so that a quantised layer is refused by name instead of being passed over."""
-    return str(type(module)) == CONV1D or hasattr(module, "in_features")
+    return str(type(module)) == CONV1D or hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def weight_and_bias(module):
@@ -611,7 +603,8 @@ def weight_and_bias(module):
     no plain one: other classes, quantised or float8 weights, hooks (pruning, weight norm), a `forward` of its own."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     conv1d = str(type(module)) == CONV1D
-    plain = (conv1d or type(module) is nn.Linear) and not hooks and "forward" not in vars(module)
+    touched = hooks or module._buffers or "forward" in vars(module)  # by pruning, weight norm, merge(keep=True), ...
+    plain = (conv1d or type(module) is nn.Linear) and not touched
     if not plain or not module.weight.is_floating_point() or module.weight.itemsize == 1:
         raise TypeError(f"{module} is no plain floating-point nn.Linear without hooks: choose other targets")
     return module.weight.T if conv1d else module.weight, module.bias
@@ -714,7 +707,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        B, T = tokens.shape
+        T = tokens.shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are more than the context of {self.config.block_size}")
         x = self.transformer.wte(tokens) + self.transformer.wpe.weight[:T]  # (B, T, C)
@@ -729,7 +722,7 @@ class GPT(nn.Module):
     def loss(self, x, targets):
         """Mean cross-entropy in nats, of x (N, C) and targets (N,), of which -100 does not count. More logits than
         CHUNK are made in chunks, and anew in the backward pass: all at once would take more memory than the model."""
-        n = max(1, self.CHUNK // self.config.vocab_size)
+        n = self.CHUNK // self.config.vocab_size
         if len(x) <= n:
             return F.cross_entropy(self.lm_head(x), targets)
         losses = [recompute(self.summed_loss, *some, use_reentrant=False) for some in zip(x.split(n), targets.split(n))]
@@ -745,8 +738,7 @@ class GPT(nn.Module):
         for _ in range(n):
             logits = self(tokens[:, -self.config.block_size:])[:, -1]  # (B, vocab)
             p = (logits / temperature).float().softmax(-1)
-            drawn = torch.multinomial(p, 1, generator=generator)  # (B, 1)
-            tokens = torch.cat([tokens, drawn], 1)
+            tokens = torch.cat([tokens, torch.multinomial(p, 1, generator=generator)], 1)
         return tokens
 
     def checkpoint(self) -> dict:
@@ -858,9 +850,9 @@ def _of_gpt2(file, beside):
     told = {"activation_function": "gelu_new", "n_head": wte.shape[1] // 64}
     if beside.exists():
         told.update(json.loads(beside.read_text()))
-    layers = {name.split(".")[2] for name in state if ".h." in name}
+    n_layer = len({name.split(".")[2] for name in state if ".h." in name})
     gelu = {"gelu_new": "tanh", "gelu": "none"}[told["activation_function"]]
-    return GPTConfig(len(wpe), len(wte), len(layers), told["n_head"], wte.shape[1], gelu), state
+    return GPTConfig(len(wpe), len(wte), n_layer, told["n_head"], wte.shape[1], gelu), state
 
 
 def _transpose_conv1d(state):
