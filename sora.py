@@ -16,8 +16,8 @@ where s = alpha / r is a number and ‖·‖row takes the norm of each row.
 What makes one choice better? The paper's yardstick is how evenly the update W' − W0 is spread over its directions: the
 entropy of its singular values (`svd_entropy`). Full fine-tuning changes a weight a little in every direction, LoRA in r
 directions only; DoRA's entropy is higher than LoRA's, as (diag(g) − I) W0 is not of low rank, and this, the paper
-holds, is why DoRA does better. Why before? Placed after, a diagonal rescales BA too, and DoRA's hangs on a norm that
-moves with BA; placed before, d calibrates W0 and leaves BA alone. Why rotate? A diagonal only stretches each output
+holds, is why DoRA does better. Why before? Placed after, a diagonal rescales BA too, and DoRA's depends on BA by
+the norm; placed before, d calibrates W0 and leaves BA alone. Why rotate? A diagonal only stretches each output
 feature, a rotation mixes them; and it may stand after, for it turns the columns of the sum but keeps their lengths and
 angles.
 
@@ -40,7 +40,7 @@ with [ x , y ] side by side and [ x ; y ] one above the other. So
     SORA       d                       [ sB , K ]    [ A ; Pᵀ(diag(d) W0 + sBA) ]      r + 2 r_p
 
 and one layer holds all that follows (forward, delta, merged_weight): a method is its extra parameters and a few lines
-that return (g, U, V). In a hurry, read `DiagonalPlusLowRank.forward` and each class's `factors`.
+that return (g, U, V). In a hurry, read `DiagonalPlusLowRank.forward`, each class's `factors` and `rotation`.
 
 Glossary
     here            in the formulas                                               in the authors' code
@@ -62,8 +62,8 @@ Use
     load_adapter(fresh_model, torch.load("sora.pt"))       # on the same base, in another process
     merge(model)                                           # plain layers again, no cost at inference
 
-Not in it: dropout on the adapter path, convolutions and embeddings, quantised bases, several adapters at once, and the
-parts of nn.MultiheadAttention and nn.TransformerEncoderLayer, which read `.weight` and call no layer: they are refused.
+Not in it: dropout on the adapter path, convolutions and embeddings, quantised bases, several adapters at once. Refused
+are the parts of nn.MultiheadAttention and nn.TransformerEncoderLayer, for these read `.weight` and call no layer.
 
 References: LoRA, Hu et al. 2021, arXiv 2106.09685; DoRA, Liu et al. 2024, arXiv 2402.09353; Pre-Diag and SORA, Chang et
 al. 2025, arXiv 2511.00051, code in MaeChd/SORA, peft/tuners/sora/layer.py; entropy, Roy & Vetterli 2007 (p = σ/Σσ) and
@@ -127,8 +127,8 @@ class DiagonalPlusLowRank(nn.Module):
         return None, self.s * self.B, self.A
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """y = g ⊙ (W0 x) + U (V x) + b, in the last six lines. Many tokens, so most training, take `OneProduct`: the
-        same y for less time. Skip that and the helpers for now: the section after the method explains them."""
+        """y = g ⊙ (W0 x) + U (V x) + b, in the last six lines. With many tokens, as in most training, `OneProduct`
+        computes the same y in less time. Skip that and the helpers for now: the next section explains them."""
         x = as_autocast_would(input)  # (..., in)
         with full_precision(self):
             g, U, V = self.factors()
@@ -153,7 +153,8 @@ class DiagonalPlusLowRank(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
-        """W' (out, in), in W0's dtype; bit for bit W0 until something is trained (or, for DoRA's norms, cast)."""
+        """W' (out, in), in W0's dtype; bit for bit W0 until something is trained. (Where W0 is cast later,
+        DoRA's m stays as it was, and g is only about 1.)"""
         return (self.weight + self.delta()).to(self.weight.dtype)
 
     def extra_repr(self):
@@ -179,10 +180,10 @@ class DoRALinear(DiagonalPlusLowRank):
 
     A, B           as in LoRA                     trained
     m   (out,)     ‖W0‖row                        trained
-    Parameters: r (in + out) + out. Row i of W' has norm |m_i|, as long as digits are left of row i of W0 + sBA: its
-    norm counts as eps ‖W0‖row at least, with the eps of W0's dtype, so that W' stays bounded where sBA cancels W0.
+    Parameters: r (in + out) + out. Row i of W' has norm |m_i|, unless sBA cancels row i of W0 almost wholly: g never
+    divides by less than eps ‖W0‖row, with the eps of W0's dtype, so that W' stays bounded.
     ‖·‖row is one Euclidean norm per output row, and a constant to the gradient (DoRA paper, section 4.3). W0 + sBA is
-    formed for it, for a moment in each pass: ‖W0‖² + 2⟨W0, sBA⟩ + ‖sBA‖² would do without, but loses twice the digits.
+    formed for it, for a moment in each pass: ‖W0‖² + 2⟨W0, sBA⟩ + ‖sBA‖² would spare that, but loses twice the digits.
     """
 
     method = "dora"
@@ -191,11 +192,12 @@ class DoRALinear(DiagonalPlusLowRank):
         super().create_parameters()
         norms = self.row_norms(self.B)  # (out,): of W0, as B is 0
         self.least = nn.Buffer((norms * torch.finfo(self.weight.dtype).eps).clamp_min(1e-19), persistent=False)
-        self.m = nn.Parameter(torch.maximum(norms, self.least))
+        self.m = nn.Parameter(torch.maximum(norms, self.least))  # so g = 1 at the start, also on a row of zeros
 
     @torch.no_grad()
     def row_norms(self, sB):
-        return torch.linalg.vector_norm(torch.addmm(self.weight.to(sB.dtype), sB, self.A), dim=1)  # of W0 + sBA
+        """‖W0 + sBA‖row (out,)"""
+        return torch.linalg.vector_norm(torch.addmm(self.weight.to(sB.dtype), sB, self.A), dim=1)
 
     def factors(self):
         sB = self.s * self.B
@@ -226,15 +228,15 @@ class SORALinear(PreDiagLinear):
     """SORA (Chang et al. 2025):    W' = R (diag(d) W0 + sBA),  R orthogonal
 
     A, B, d               as in Pre-Diag                                            trained
-    C   (out, r_p)        kaiming_uniform(a=√5, mode="fan_out")                     trained
-    E   (out, r_p)        a copy of C: R = I, but unlike with E = 0 both can move   trained
+    C   (out, r_p)        kaiming_uniform(a=√5, mode="fan_out"), within ±1/√out     trained
+    E   (out, r_p)        a copy of C: R = I, yet both have a gradient              trained
     Parameters: r (in + out) + out + 2 r_p out. With R = I + K Pᵀ (see `rotation`) and M = diag(d) W0 + sBA,
         W' = M + K (Pᵀ M) = diag(d) W0 + [sB , K] [A ; Pᵀ M]
     A token costs what it costs Pre-Diag at rank r + 2 r_p; K and Pᵀ M come once a pass, however many tokens there are.
     Raises ValueError for r_p < 1.
 
     Where we differ from the authors' layer, on purpose:
-    - theirs is R = I + S with S skew (see `rotation`): RᵀR = I − S², so norms can only grow; exact=False gives it;
+    - theirs is R = I + S, S skew (see `rotation`): RᵀR = I + SᵀS, so norms can only grow; exact=False gives it;
     - theirs scales and rotates the bias too, and leaves I out of the merged weight: a fresh adapter merges to zero.
     """
 
@@ -266,8 +268,8 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
     """(K, P), both (out, 2 r_p), of the rotation R = I + K Pᵀ that the pair C, E (out, r_p) spans.
 
     S = t (E Cᵀ − C Eᵀ) is skew (Sᵀ = −S), with t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)), of Frobenius norms. t is the
-    authors': without it S grows as the square of C and E, with it only linearly once they are large; it is no bound on
-    S. R is the Cayley transform of S,
+    authors': without it S grows as the square of C and E, with it only linearly once they are large; S is not bounded.
+    R is the Cayley transform of S,
 
         R = (I − S/2)⁻¹ (I + S/2)        (= I + S + S²/2 + ... for small S)
 
@@ -280,19 +282,22 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
         P (0 I; −I 0) Pᵀ = (E − C) Cᵀ − C (E − C)ᵀ = E Cᵀ − C Eᵀ
 
     Let X = Q⁻¹ − PᵀP/2 = J/t − PᵀP/2, (2 r_p, 2 r_p). Then P Q X = P − P Q (PᵀP)/2 = (I − S/2) P; multiplied by
-    (I − S/2)⁻¹ from the left and X⁻¹ from the right, this says (I − S/2)⁻¹ P Q = P X⁻¹. As I + S/2 = (I − S/2) + S,
+    (I − S/2)⁻¹ from the left and by X⁻¹, which exists, see below, from the right, this says (I − S/2)⁻¹ P Q = P X⁻¹.
+    As I + S/2 = (I − S/2) + S,
 
         R = I + (I − S/2)⁻¹ S = I + (I − S/2)⁻¹ P Q Pᵀ = I + P X⁻¹ Pᵀ        so        K = P X⁻¹
 
     X can be inverted: if X v = 0, then 0 = vᵀX v = −‖P v‖²/2, as vᵀJ v = 0; so P v = 0, and J v/t = X v + PᵀP v/2 = 0,
-    so v = 0. And R is orthogonal: RᵀR = I + P X⁻ᵀ (X + Xᵀ + PᵀP) X⁻¹ Pᵀ = I, as Jᵀ = −J. (For the authors' I + S it is
-    X = Q⁻¹.)
+    so v = 0. And R is orthogonal: RᵀR = I + P (X⁻¹ + X⁻ᵀ + X⁻ᵀ PᵀP X⁻¹) Pᵀ = I + P X⁻ᵀ (Xᵀ + X + PᵀP) X⁻¹ Pᵀ = I, as
+    Jᵀ = −J. (For the authors' I + S it is X = Q⁻¹, since then K = P Q.)
 
-    [E , C] would give the same S. But E starts as a copy of C, and from P = [0 , C] follows X⁻¹ = (· tI; −tI 0), whose
-    last 0 no rounding touches, hence K = [−tC , 0], K Pᵀ = 0 and W' = W0 bit for bit.
+    P = [E , C] would give the same S, but at the start, where E = C, K Pᵀ = 0 up to rounding only. Ours starts as
+    P = [0 , C] and X = (0 −I/t; I/t −CᵀC/2). As its upper left is 0, pivoting swaps the block rows; that is triangular
+    already, and no rounding touches a 0. So X⁻¹ = (Z tI; −tI 0) with some Z, K = [−tC , 0], K Pᵀ = 0, and W' = W0 bit
+    for bit.
     """
     P = torch.cat([E - C, C], 1)  # (out, 2 r_p)
-    wide = P if P.device.type == "mps" else P.double()  # for large C and E float32 would lose digits of RᵀR = I
+    wide = P if P.device.type == "mps" else P.double()  # mps has none; RᵀR = I for large C, E needs it
     I = torch.eye(P.shape[1], dtype=wide.dtype, device=P.device)
     r_p = C.shape[1]
     J = torch.cat([-I[r_p:], I[:r_p]])  # (2 r_p, 2 r_p)
@@ -314,8 +319,8 @@ def wide_dtype(weight):
 
 
 def product(X, W):
-    """X W, computed in W's dtype and given back in X's: a bfloat16 W0 is not copied to a wide one, and X gets about the
-    rounding that W0 has itself."""
+    """X W, computed in W's dtype and given back in X's: a bfloat16 W0 is not copied to a wide one, and rounding X to it
+    is an error as large as W0's own."""
     return (X.to(W.dtype) @ W).to(X.dtype)
 
 
@@ -347,9 +352,8 @@ MANY = 512  # tokens from which OneProduct wins: measured forward and backward o
 
 
 def one_product_pays(layer, x):
-    """For many tokens, where W0 is frozen and in the adapter's dtype. (A bfloat16 W0 lies on the grid of bfloat16: W'
-    would be rounded back to it after a small update. A float32 W0 under autocast lies anywhere between: of many small
-    updates some reach the next point of the grid, and the mean survives.)"""
+    """For many tokens, where W0 is frozen and in the adapter's dtype. (A bfloat16 W0 plus a small update rounds back to
+    W0 in every entry. Where autocast rounds a float32 W', some entries go the other way, and the mean survives.)"""
     many = x.numel() >= MANY * layer.in_features
     wide_base = layer.weight.dtype == layer.A.dtype
     same_dtype = x.dtype == layer.weight.dtype or torch.is_autocast_enabled(x.device.type)
@@ -364,15 +368,16 @@ class OneProduct(torch.autograd.Function):
         dx = dy W'      db = colsum(dy)      dU = dyᵀ (x Vᵀ)      dV = (dy U)ᵀ x
 
     and dg comes from Euler's identity: y_i = g_i (W0 x)_i + U_i (V x) + b_i is linear in (g_i, U_i, b_i), so that
-    y_i = g_i ∂y_i/∂g_i + U_i ∂y_i/∂U_i + b_i ∂y_i/∂b_i; times dy_i, and summed over the tokens,
+    y_i = g_i ∂y_i/∂g_i + U_i ∂y_i/∂U_i + b_i ∂y_i/∂b_i; times dy_i, the loss's gradient, and summed over the tokens,
 
         colsum(dy ⊙ y) = g ⊙ dg + rowsum(U ⊙ dU) + b ⊙ db
 
     That needs y, where the direct way, dg = colsum(dy ⊙ (W0 x)) = rowsum((dyᵀ x) ⊙ W0), takes a product as large as y.
     The price: dg loses digits where g W0 x is a small part of y, and fades to 0 where |g| is near 10 eps (`near_0`). So
-    the direct way is taken where there are few digits, under autocast, when compiling, and where y was changed in place
-    meanwhile, as by an nn.ReLU(inplace=True) after the layer: y's memory is kept out of autograd's sight, beside an
-    empty twin of y that shares its count of changes.
+    the direct way is taken under autocast, which has few digits; when compiling; and where y was changed in place
+    before the backward pass, as by an nn.ReLU(inplace=True) after the layer. Two aliases of y tell that: y.data is its
+    memory with a count of changes of its own, so that autograd lets it be read after a change; y.detach() shares y's
+    count.
 
     W' is kept for the backward pass, as autocast keeps its cast of a weight. There is no second derivative, and
     torch.func's transforms refuse a Function like this: set MANY = math.inf for them.
@@ -386,12 +391,12 @@ class OneProduct(torch.autograd.Function):
             y = F.linear(x, W, None if b is None else b.to(x.dtype))
 
         kept = None
-        uncounted = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()  # changes of y
-        if g is not None and x.dtype == g.dtype and not uncounted:
-            kept = y.data  # y itself would raise in the backward pass, once it was changed
+        no_counts = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+        if g is not None and x.dtype == g.dtype and not no_counts:
+            kept = y.data
             ctx.before = y._version
-            ctx.twin = y.detach()  # it shares y's count of changes, _version, and its memory,
-            ctx.twin.data = y.new_empty(0)  # which it gives up here
+            ctx.counter = y.detach()
+            ctx.counter.data = y.new_empty(0)  # it shall count the changes, and not hold y's memory
         ctx.save_for_backward(x, W, W0, b, g, U, V, kept)
         return y
 
@@ -409,14 +414,14 @@ class OneProduct(torch.autograd.Function):
         if b is not None and (y is not None or b.requires_grad):  # Euler's identity needs it, trained or not
             db = dy.sum(0)  # (out,)
 
-        if g is not None and (y is None or ctx.twin._version > ctx.before):
+        if g is not None and (y is None or ctx.counter._version > ctx.before):
             dg = ((dy.T @ x) * W0).sum(1)  # (out,)
         elif g is not None:
             g_dg = (dy * y.flatten(0, -2)).sum(0) - (U * dU).sum(1)
             if b is not None:
                 g_dg = g_dg - b * db
             near_0 = 10 * torch.finfo(g.dtype).eps
-            dg = g_dg / (g + near_0**2 / g)  # g_dg / g; for g = 0, g_dg / inf = 0
+            dg = g_dg / (g + near_0**2 / g)  # that is g_dg g / (g² + near_0²)
         return dx, None, db, dg, dU, dV
 
 
@@ -502,7 +507,7 @@ def merge(model: nn.Module, keep: bool = False) -> nn.Module:
         layer = model.get_submodule(name)
         merged = plain_layer(layer, layer.merged_weight())
         if keep:
-            W0 = plain_layer(layer, layer.weight).weight.detach()
+            W0 = plain_layer(layer, layer.weight).weight.detach()  # oriented as its kind has it
             merged.register_buffer("W0_before_merge", W0, persistent=False)
         _replace(model, {name: merged})
     return model
@@ -574,7 +579,7 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     mine = _state(layers)
     for key in (*OPTIONS, "targets", "fingerprint"):
         if mine[key] != state[key]:
-            raise ValueError(f"the adapter has {key}={state[key]}, the model {key}={mine[key]}: take another base")
+            raise ValueError(f"the adapter has {key}={state[key]}, the model {key}={mine[key]}: they must be alike")
     wanted = {name: p.shape for name, p in mine["trained"].items()}
     given = {name: p.shape for name, p in state["trained"].items()}
     odd = [name for name in wanted | given if wanted.get(name) != given.get(name)]

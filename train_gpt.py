@@ -124,7 +124,7 @@ def set_up(base, method, seed, args):
 
     forward = model
     if args.compile:
-        torch._dynamo.config.recompile_limit = 1000  # peft's DoRA, in pieces, fills the cache that all methods share
+        torch._dynamo.config.recompile_limit = 1000  # peft's DoRA, with graph breaks, fills a cache that all share
         forward = torch.compile(model, fullgraph=not method.startswith("peft-"))
     return model, forward, optimizer
 
@@ -421,7 +421,7 @@ def nothing(constant):
 
 COLUMNS = {  # title: the number of a row, its format
     "trainable": ("trainable", ",.0f"), "val loss": ("loss", ".3f"), "ms/step": ("ms", ".1f"),
-    "× frozen": ("relative", ".2f"), "peak MB": ("memory", ",.0f"), "‖dW‖": ("change", ".3f"),
+    "× frozen": ("relative", ".2f"), "peak MiB": ("memory", ",.0f"), "‖dW‖": ("change", ".3f"),
     "H(σ²)": ("entropy2", ".3f"), "H(σ)": ("entropy1", ".3f"),
 }
 LEGEND = f"""
@@ -429,7 +429,7 @@ trainable  how many parameters are trained
 val loss   in nats per token, over the same windows for all
 ms/step    a whole training step, the median of {TIMED}, the methods taking turns
 × frozen   the same over that of a model that trains nothing but its positional embedding
-peak MB    of the device's memory, while the method trained
+peak MiB   of the device's memory, while the method trained
 ‖dW‖       ‖dW‖ / ‖W0‖ of the update dW = W' - W0; from here on means over the layers that changed
 H(σ²)      entropy of p = σ²/Σσ² over ln min(out, in), σ the singular values of dW; 1 is uniform. It
            shows how many directions carry the energy, and hardly sees a long flat tail
