@@ -120,14 +120,22 @@ def test_outputs_gradients_and_merged_weight_equal_the_dense_formula(method, exa
 
 @ALL
 def test_initial_values(method):
-    layer = METHODS[method](linear(400, 100, dtype=torch.float32), r=16)
-    assert 0.9 < layer.A.abs().max() * 400**0.5 < 1 and not layer.B.any() and layer.s == 2
+    torch.manual_seed(0)
+    layer = METHODS[method](linear(400, 100, dtype=torch.float32))
+    assert 0.95 < layer.A.abs().max() * 400**0.5 < 1 and not layer.B.any()
+    assert (layer.r, layer.s, layer.r_p, layer.exact) == (16, 2, 4, True)
     if method == "dora":
         torch.testing.assert_close(layer.m, layer.weight.norm(dim=1))
     if method in ("prediag", "sora"):
         assert torch.equal(layer.d, torch.ones(100))
     if method == "sora":
-        assert 0.9 < layer.C.abs().max() * 100**0.5 < 1 and torch.equal(layer.C, layer.E) and layer.C.shape == (100, 4)
+        assert 0.95 < layer.C.abs().max() * 100**0.5 < 1 and torch.equal(layer.C, layer.E) and layer.C.shape == (100, 4)
+
+
+@ALL
+def test_the_largest_rank_is_the_smaller_side(method):
+    layer = trained(METHODS[method](linear(7, 5), r=5))
+    assert layer.B.shape == (5, 5) and layer(torch.ones(7, dtype=torch.float64)).shape == (5,)
 
 
 @ALL
