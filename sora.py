@@ -254,7 +254,7 @@ class SORALinear(PreDiagLinear):
         sB = self.s * self.B
         K, P = rotation(self.C, self.E, self.exact)  # (out, 2 r_p) each
         PW = product((self.d[:, None] * P).T, self.weight)  # (2 r_p, in): Pᵀ diag(d) W0, see `product` for the dtype
-        PM = PW + (P.T @ sB) @ self.A  # (2 r_p, in): Pᵀ (diag(d) W0 + sBA)
+        PM = torch.addmm(PW, P.T @ sB, self.A)  # (2 r_p, in): Pᵀ (diag(d) W0 + sBA)
 
         U = torch.cat([sB, K], 1)  # (out, r + 2 r_p)
         V = torch.cat([self.A, PM])  # (r + 2 r_p, in)
@@ -302,10 +302,11 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
     r_p = C.shape[1]
     J = torch.cat([-I[r_p:], I[:r_p]])  # (2 r_p, 2 r_p)
 
-    one_over_t = (C.norm() + E.norm() + 1e-6).clamp(min=1)
+    norms = torch.linalg.vector_norm(torch.stack([C, E]), dim=(1, 2))  # (2,)
+    one_over_t = F.threshold(norms.sum() + 1e-6, 1, 1)  # that is max(1, ‖C‖ + ‖E‖ + 1e-6)
     X = J * one_over_t
     if exact:
-        X = X - wide.T @ wide / 2
+        X = torch.addmm(X, wide.T, wide, alpha=-0.5)  # J/t − PᵀP/2
     inverse, _ = torch.linalg.inv_ex(X)  # unlike inv, it does not wait for the GPU to check it
     return (wide @ inverse).to(P.dtype), P
 
@@ -409,14 +410,16 @@ class OneProduct(torch.autograd.Function):
             dx = dy @ W  # (..., in)
 
         x, dy = x.flatten(0, -2), dy.flatten(0, -2)  # (N, in), (N, out)
-        dU = dy.T @ F.linear(x, V.to(x.dtype))  # (out, k)
-        dV = (dy @ U.to(dy.dtype)).T @ x  # (k, in)
         if b is not None and (y is not None or b.requires_grad):  # Euler's identity needs it, trained or not
             db = dy.sum(0)  # (out,)
 
         if g is not None and (y is None or ctx.counter._version > ctx.before):
-            dg = ((dy.T @ x) * W0).sum(1)  # (out,)
-        elif g is not None:
+            dW = (dy.T @ x).to(g.dtype)  # (out, in)
+            return dx, None, db, (dW * W0).sum(1), dW @ V.T, U.T @ dW
+
+        dU = dy.T @ F.linear(x, V.to(x.dtype))  # (out, k)
+        dV = (dy @ U.to(dy.dtype)).T @ x  # (k, in)
+        if g is not None:
             g_dg = (dy * y.flatten(0, -2)).sum(0) - (U * dU).sum(1)
             if b is not None:
                 g_dg = g_dg - b * db

@@ -31,10 +31,11 @@ from torch.utils.checkpoint import checkpoint
 
 import sora
 import train_gpt
-from sora import (GPT, METHODS, DoRALinear, GPTConfig, SORALinear, adapt, adapter_state_dict, load_adapter, merge,
-                  rotation, save, unmerge)
+from sora import (GPT, DoRALinear, GPTConfig, LoRALinear, PreDiagLinear, SORALinear, adapt, adapter_state_dict,
+                  load_adapter, merge, rotation, save, unmerge)
 
 HERE = Path(__file__).parent
+METHODS = {cls.method: cls for cls in (LoRALinear, DoRALinear, PreDiagLinear, SORALinear)}  # without train_gpt's own
 ALL = pytest.mark.parametrize("method", METHODS)
 
 
@@ -417,7 +418,7 @@ def launches(layer, dtype):
 
 
 LAUNCHES = {  # at most so many: of a float32 base under autocast, of a bfloat16 base
-    "frozen": (6, 2), "lora": (17, 16), "prediag": (21, 24), "dora": (31, 35), "sora": (90, 97),
+    "frozen": (6, 2), "lora": (17, 16), "prediag": (16, 24), "dora": (26, 35), "sora": (76, 88),
     "peft-lora": (20, 17), "peft-dora": (48, 40)}
 
 
@@ -445,11 +446,11 @@ def test_launches(name):
 @pytest.mark.parametrize("method", ["full", "frozen", *METHODS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_training_step_never_waits_for_the_device(method, dtype, monkeypatch):
-    args = parsed("--r", "2", "--dtype", dtype, "--device", "cpu")
-    model, forward, optimizer = train_gpt.set_up(tiny_gpt().requires_grad_(False), method, 0, args)
+    run = row_of(method, "--r", "2", "--dtype", dtype, "--device", "cpu")
+    model, forward, optimizer = train_gpt.set_up(tiny_gpt().requires_grad_(False), run, 0)
     monkeypatch.setattr(sora, "MANY", 1)
     with Operations() as step:
-        train_gpt.train_step(forward, optimizer, tokens(4, 9), 1e-3, args)
+        train_gpt.train_step(model, forward, optimizer, tokens(4, 9), 1e-3, run)
     waits = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2", "item",
              "_linalg_check_errors", "bincount", "argwhere"}
     assert len(step.names) > 50 and not waits & set(step.names)
@@ -1304,6 +1305,11 @@ def parsed(*flags):
         return train_gpt.arguments()
 
 
+def row_of(methods, *flags):
+    """The settings of the first row of these methods."""
+    return next(train_gpt.runs(parsed("--methods", methods, *flags)))
+
+
 def rows_of(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
@@ -1325,7 +1331,7 @@ def test_train_gpt_from_end_to_end(tmp_path):
     start = float(re.search(r"\nstart +validation loss ([\d.]+), the base's", done.stdout)[1])
     sizes = dict(zip(names, [16 * 2048 + 16 * 8 + 3312, 512, 656, 656, 1808, 128]))
     for row in rows:
-        assert row["settings"]["lr"] == dict.fromkeys(train_gpt.METHODS, 1e-2) | {"full": 2e-3}
+        assert row["settings"]["lr"] == (2e-3 if row["method"] == "full" else 1e-2)
         assert row["start"] == pytest.approx(start, abs=1e-4)
         assert row["merged"] == pytest.approx(row["loss"], abs=1e-3)
         assert row["ms"] > 0 and row["relative"] > 0 and row["trainable"] == sizes[row["method"]]
@@ -1441,10 +1447,10 @@ def frozen_gpt():
 
 @EACH
 def test_every_method_starts_at_the_base_in_bfloat16(method):
-    args = parsed("--dtype", "bfloat16", "--device", "cpu", "--block-size", 128)
+    args = row_of(method, "--dtype", "bfloat16", "--device", "cpu", "--block-size", 128)
     base, windows = frozen_gpt(), tokens(8, 129, vocabulary=64)
     expected = train_gpt.evaluate(base, windows, args)
-    _, forward, _ = train_gpt.set_up(base, method, 0, args)
+    _, forward, _ = train_gpt.set_up(base, args, 0)
     assert train_gpt.evaluate(forward, windows, args) == expected
     assert expected != train_gpt.evaluate(base, windows, parsed("--dtype", "float32"))
     few = windows[:, :9]  # for so few tokens W' is not built, and y is rounded once more
@@ -1458,8 +1464,8 @@ def storages(model):
 
 @EACH
 def test_what_is_frozen_is_shared_with_the_base_and_left_alone(method):
-    args, base = parsed("--device", "cpu"), frozen_gpt()
-    model, forward, optimizer = train_gpt.set_up(base, method, 0, args)
+    run, base = row_of(method, "--device", "cpu"), frozen_gpt()
+    model, forward, optimizer = train_gpt.set_up(base, run, 0)
     state, adapted = copy.deepcopy(base.state_dict()), []
     for name, layer in base.named_modules():
         if method != "full" and isinstance(layer, (nn.Linear, nn.Embedding)):
@@ -1476,7 +1482,7 @@ def test_what_is_frozen_is_shared_with_the_base_and_left_alone(method):
 
     before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
     for _ in range(2):  # A has no gradient in the first step
-        train_gpt.train_step(forward, optimizer, tokens(4, 129, vocabulary=64), 1e-2, args)
+        train_gpt.train_step(model, forward, optimizer, tokens(4, 129, vocabulary=64), 1e-2, run)
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
     assert all(torch.equal(p, state[name]) for name, p in base.state_dict().items())
     if method == "frozen":
@@ -1495,14 +1501,14 @@ def test_an_adapted_head_is_measured_too():
 def test_exact_and_targets_reach_the_layers(method):
     if method.startswith("peft-"):
         pytest.importorskip("peft")
-    args, base = parsed("--no-exact", "--targets", "c_attn", "mlp.c_proj"), tiny_gpt().requires_grad_(False)
-    model = train_gpt.prepare(base, method, args)
+    run, base = row_of(method, "--no-exact", "--targets", "c_attn", "mlp.c_proj"), tiny_gpt().requires_grad_(False)
+    model = train_gpt.prepare(base, run)
     layers = {name: model.get_submodule(name) for name, m in base.named_modules() if isinstance(m, nn.Linear)}
     adapted = {name for name, layer in layers.items() if type(layer) is not nn.Linear}
     assert adapted == {f"transformer.h.{i}.{name}" for i in (0, 1) for name in ("attn.c_attn", "mlp.c_proj")}
     if method == "sora":
         assert not any(layers[name].exact for name in adapted)
-        exact = train_gpt.prepare(base, method, parsed())
+        exact = train_gpt.prepare(base, row_of("sora:exact=1", "--no-exact"))
         assert [m.exact for m in exact.modules() if isinstance(m, SORALinear)] == [True] * 8
 
 
@@ -1558,8 +1564,9 @@ def test_train_gpt_ends_with_its_table_whatever_happens(tmp_path):
     flags = "--sample 3 --methods full,lora --lr 1e-2,full=1e30 --seeds 2 --json all.json".split()
     done = run(*flags, cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert "diverged: choose a lower rate than --lr full=1e+30" in done.stdout
-    assert re.search(r"\nfull +[\d,]+ +- +[\d.]+ +- +- +-\n", done.stdout) and re.search(r"\nlora .* \? 0", done.stdout)
+    assert "diverged at step 2: choose a lower rate than --lr full=1e+30" in done.stdout
+    assert re.search(r"\nfull +[\d,]+ +- +[\d.]+ +- +- +- +diverged at step 2, 2\n", done.stdout)
+    assert re.search(r"\nlora .* \? 0", done.stdout) and re.search(r"\nfull +-\n", done.stdout)
     assert [row["loss"] is None for row in rows_of(tmp_path / "all.json")] == [True, True, False, False]
 
 
@@ -1576,9 +1583,9 @@ def test_each_row_is_appended_as_a_line_of_json(tmp_path, monkeypatch):
     for row, name in [(full, "full"), (lora, "lora")]:
         settings = row["settings"]
         assert row["method"] == name and row["seed"] == 0 and row["start"] > 0 and row["ms"] > 0
-        assert settings["lr"]["full"] == 1e30 and settings["lr"]["lora"] == 1e-2 and settings["r"] == 2
+        assert settings["lr"] == {"full": 1e30, "lora": 1e-2}[name] and settings["r"] == 2
         assert settings["torch"] == torch.__version__ and settings["device"] == "cpu" and settings["exact"] is False
-        assert settings.keys() == vars(train_gpt.arguments()).keys() | {"torch"}
+        assert settings.keys() >= vars(train_gpt.arguments()).keys() - {"methods"}
 
 
 def test_a_killed_run_leaves_whole_lines(tmp_path):
@@ -1625,7 +1632,7 @@ def test_the_second_gpu_is_asked_where_it_is_meant(monkeypatch, capsys):
 
     monkeypatch.setattr(train_gpt, "evaluate", lambda *_: 2.5)  # what would need the device
     monkeypatch.setattr(train_gpt, "batches", lambda *_: [])
-    row, _ = train_gpt.fine_tune(base, "lora", 0, tokens(99), tokens(4, 9), args)
+    row, _ = train_gpt.fine_tune(base, next(train_gpt.runs(args)), 0, tokens(99), tokens(4, 9))
     assert row["memory"] == 3 and asked.keys() == {"get_device_name", "reset_peak_memory_stats", "max_memory_allocated"}
     assert {*asked.values()} == {args.device}
 
@@ -1650,7 +1657,7 @@ def test_train_gpt_interrupted_prints_what_has_finished():
 def test_every_flag_has_help_and_a_default():
     done = run("--help")
     flags = re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE)
-    assert {"--init", "--lr", "--json", "--r-p", "--compile"} <= set(flags) and len(flags) == 23
+    assert {"--init", "--lr", "--json", "--r-p", "--compile"} <= set(flags) and len(flags) == 26
     assert " ".join(done.stdout.split()).count("(default: ") == len(flags)
 
 
@@ -1687,15 +1694,6 @@ def test_the_rows_are_read_as_readme_says(tmp_path, monkeypatch):
     names = {}
     exec(readme(0), names)
     assert [row["method"] for row in names["rows"]] == ["lora", "sora"]
-
-
-def test_the_differences_are_computed_as_readme_says(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    losses = {("lora", 16): [2, 4, 6], ("sora", 16): [1, 2, 6], ("lora", 21): [2, 3, 5]}
-    rows = [{"method": method, "loss": loss, "settings": {"r": r}} for (method, r), v in losses.items() for loss in v]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    exec(readme(3), {})
-    assert capsys.readouterr().out == "lora 16 0.000 ± 0.000\nsora 16 -1.000 ± 0.577\nlora 21 -0.667 ± 0.333\n"
 
 
 def test_the_code_in_readme_runs(tmp_path, monkeypatch):

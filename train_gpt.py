@@ -1,7 +1,8 @@
 """Fine-tune a GPT with each method in turn and print loss, speed and the spectrum of the update side by side.
 
     python train_gpt.py                                    the shipped base on Shakespeare, 2 minutes on two cores
-    python train_gpt.py --methods lora,sora --seeds 3      mean ± standard deviation over three seeds
+    python train_gpt.py --methods lora,sora --seeds 3      means and differences to LoRA, with their errors
+    python train_gpt.py --methods lora:r=21,sora:lr=5e-3   settings of a row's own
     python train_gpt.py --init gpt2                        OpenAI's weights, downloaded once; meant for a GPU
     python train_gpt.py --init scratch --methods full --data data/austen.txt      pre-train a base
 
@@ -10,12 +11,14 @@ medians over steps taken in turn (lora dora lora dora ...), so that a busy machi
 """
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -28,12 +31,37 @@ from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 cuts a text int
 import sora
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-METHODS = ["full", *sora.METHODS, "frozen", "peft-lora", "peft-dora"]
 WARM_UP, TIMED = 2, 15  # rounds of the speed measurement: not counted, counted
 WINDOWS = 512  # at most so many validation windows
 POINTS, FLOOR = 8, 1e-4  # a spectrum is drawn by so many of its σ, over the largest, from FLOOR to 1
 LIVE = sys.stdout.isatty()
 UPDATES = 100 if LIVE else 5  # of the progress of each training run
+
+
+# ---- Two more methods, as controls: the cells that the paper's table of placement and kind leaves empty
+
+
+class PostDiagLinear(sora.PreDiagLinear):
+    """W' = diag(d) (W0 + sBA): a diagonal after the update, as in DoRA, but learned without a norm"""
+
+    method = "postdiag"
+
+    def factors(self):
+        return self.d, self.d[:, None] * self.s * self.B, self.A
+
+
+class RotationLinear(sora.SORALinear):
+    """W' = R (W0 + sBA): SORA without its diagonal"""
+
+    method = "rotation"
+
+    def create_parameters(self):
+        super().create_parameters()
+        self.d.requires_grad_(False)  # it stays 1
+
+
+sora.METHODS |= {"postdiag": PostDiagLinear, "rotation": RotationLinear}
+METHODS = ["full", *sora.METHODS, "frozen", "peft-lora", "peft-dora"]
 
 
 # ---- The story
@@ -50,72 +78,96 @@ def main():
     results = {"(random)" if args.random_weights else "(base)": [{"loss": loss}]}
     try:
         speed = measure_speed(base, data, args)
-        for method in args.methods:
-            results[method] = []
+        for run in runs(args):
+            results[run.name] = []
             for seed in range(args.seeds):
-                row, model = fine_tune(base, method, seed, data, windows, args)
-                row |= speed[method]
-                results[method].append(row)
-                write_row(row, args)
-                say(f"{method:9} seed {seed}  validation loss {row['start']:.4f} -> {row['loss']:.4f}, {row['note']}")
+                row, model = fine_tune(base, run, seed, data, windows)
+                row |= speed[run.name]
+                results[run.name].append(row)
+                write_row(row, run)
+                say(f"{run.name:9} seed {seed}  validation loss {row['start']:.4f} -> {row['loss']:.4f}, {row['note']}")
                 if math.isfinite(row["loss"]):
-                    show_sample(method, model, windows, vocabulary, args)
+                    show_sample(run.name, model, windows, vocabulary, args)
                 del model  # or it would be held while the next one trains
     finally:  # what has finished, also after Ctrl-C or where a method fails
         print_table(results)
+        print_differences(results)
+        if args.markdown:
+            print_markdown(results)
 
 
-def fine_tune(base, method, seed, data, windows, args):
-    """Train a copy of the base with one method and one seed. Returns a row of the table and the model."""
-    if args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(args.device)
-    model, forward, optimizer = set_up(base, method, seed, args)
+def fine_tune(base, run, seed, data, windows):
+    """Train a copy of the base as one row says, with one seed. Returns the row's numbers and the model."""
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    model, forward, optimizer = set_up(base, run, seed)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    row = {"method": method, "seed": seed, "trainable": trainable, "start": evaluate(forward, windows, args)}
+    row = {"method": run.name, "seed": seed, "trainable": trainable, "start": evaluate(forward, windows, run)}
 
-    for step, batch in enumerate(batches(data, seed, args), 1):
-        loss = train_step(forward, optimizer, batch, learning_rate(step, args.lr[method], args), args)
-        if step % max(1, args.steps // UPDATES) == 0:
-            say(f"{method:9} seed {seed}  step {step:>5} of {args.steps}  loss {loss.item():.3f}", live=True)
+    losses, row["curve"] = [], []
+    for step, batch in enumerate(batches(data, seed, run), 1):
+        losses.append(train_step(model, forward, optimizer, batch, learning_rate(step, run), run))
+        if step % max(1, run.steps // UPDATES) == 0:
+            loss = losses[-1].item()
+            say(f"{run.name:9} seed {seed}  step {step:>5} of {run.steps}  loss {loss:.3f}", live=True)
+            if not math.isfinite(loss):
+                break
+        if run.curve and step % max(1, run.steps // run.curve) == 0:
+            recent = losses[-max(1, run.steps // run.curve):]
+            row["curve"].append({"step": step, "loss": torch.stack(recent).mean().item()} | spectrum(base, model))
 
-    row["loss"] = evaluate(forward, windows, args)
-    if args.device.type == "cuda":
-        row["memory"] = torch.cuda.max_memory_allocated(args.device) / 2**20
+    row["loss"] = evaluate(forward, windows, run)
+    if run.device.type == "cuda":
+        row["memory"] = torch.cuda.max_memory_allocated(run.device) / 2**20
     if not math.isfinite(row["loss"]):
-        row["note"] = f"diverged: choose a lower rate than --lr {method}={args.lr[method]:g}"
-    elif method.startswith("peft-"):
+        row["diverged"] = next((i for i, loss in enumerate(losses, 1) if not loss.isfinite()), run.steps)
+        row["note"] = f"diverged at step {row['diverged']}: choose a lower rate than --lr {run.method}={run.lr:g}"
+    elif run.method.startswith("peft-"):
         row["note"] = "only measured: neither saved nor merged"
     else:
         row |= spectrum(base, model)
-        saved = save(model, method, seed, args)
-        row["merged"] = evaluate(sora.merge(model), windows, args)
+        saved = save(model, seed, run)
+        row["merged"] = evaluate(sora.merge(model), windows, run)
         row["note"] = f"merged {row['merged']:.4f}{saved}"
     return row, model
 
 
-def train_step(model, optimizer, batch, rate, args):
+def train_step(model, forward, optimizer, batch, rate, run):
     """One optimiser step on a batch (B, T + 1); its loss stays on the device, so that nothing waits for it."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = loss_of(model, batch, args)
-    loss.backward()
+    loss = loss_of(forward, batch, run)
+    if run.even:
+        (loss + run.even * unevenness(model)).backward()
+    else:
+        loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
 
 
-def learning_rate(step, peak, args):
+def unevenness(model):
+    """Of the singular values σ of each B A: r Σσ⁴ / (Σσ²)² − 1, 0 where all are equal, r − 1 for one alone. The mean."""
+    found = []
+    for layer in model.modules():
+        if isinstance(layer, sora.DiagonalPlusLowRank):
+            G = (layer.A @ layer.A.T) @ (layer.B.T @ layer.B)  # (r, r): its eigenvalues are σ²
+            found.append(layer.r * (G * G.T).sum() / (G.trace() ** 2 + 1e-12) - 1)
+    return torch.stack(found).mean()
+
+
+def learning_rate(step, run):
     """A linear warm-up over the first twentieth of the steps, and a cosine from the peak down to a tenth of it."""
-    warm_up = min(1, step / max(1, args.steps // 20))
-    cosine = 0.55 + 0.45 * math.cos(math.pi * (step - 1) / args.steps)
-    return peak * warm_up * cosine
+    warm_up = min(1, step / max(1, run.steps // 20))
+    cosine = 0.55 + 0.45 * math.cos(math.pi * (step - 1) / run.steps)
+    return run.lr * warm_up * cosine
 
 
-def set_up(base, method, seed, args):
+def set_up(base, run, seed):
     """Returns (model, forward, optimizer): forward is the model, compiled where that is asked for."""
     torch.manual_seed(seed)
-    model = prepare(base, method, args)
+    model = prepare(base, run)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1]
     vectors = [p for p in trained if p.ndim == 1]  # d and m, biases, ...: A, B, C, E may be drawn to 0, these not
@@ -123,36 +175,36 @@ def set_up(base, method, seed, args):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
     forward = model
-    if args.compile:
+    if run.compile:
         torch._dynamo.config.recompile_limit = 1000  # peft's DoRA, with graph breaks, fills a cache that all share
-        forward = torch.compile(model, fullgraph=not method.startswith("peft-"))
+        forward = torch.compile(model, fullgraph=not run.method.startswith("peft-"))
     return model, forward, optimizer
 
 
-def prepare(base, method, args):
+def prepare(base, run):
     """A copy of the base with an adapter. What the method leaves as it is, it shares with the base."""
-    if method == "full":
+    if run.method == "full":
         return copy.deepcopy(base).requires_grad_(True)
 
     model = copy.deepcopy(base, memo={id(p): p for p in base.parameters()})  # which deepcopy takes as copied already
-    if method == "frozen":  # without anything to train there would be no backward pass to measure
+    if run.method == "frozen":  # without anything to train there would be no backward pass to measure
         model.transformer.wpe = copy.deepcopy(base.transformer.wpe).requires_grad_(True)
-    elif method.startswith("peft-"):  # as that library does it, on the same layers
+    elif run.method.startswith("peft-"):  # as that library does it, on the same layers
         from peft import LoraConfig, inject_adapter_in_model
-        config = LoraConfig(r=args.r, lora_alpha=args.alpha, use_dora=method == "peft-dora",
-                            target_modules=args.targets or ["c_attn", "c_proj", "c_fc"])
+        config = LoraConfig(r=run.r, lora_alpha=run.alpha, use_dora=run.method == "peft-dora",
+                            target_modules=run.targets or ["c_attn", "c_proj", "c_fc"])
         inject_adapter_in_model(config, model)
     else:
-        sora.adapt(model, method, args.r, args.alpha, args.r_p, args.targets, args.exact)
+        sora.adapt(model, run.method, run.r, run.alpha, run.r_p, run.targets, run.exact)
     return model
 
 
-def batches(data, seed, args):
+def batches(data, seed, run):
     """For each step (B, T + 1) tokens, drawn by a generator of their own: the same for all methods."""
-    sequences = data.unfold(0, args.block_size + 1, 1)
+    sequences = data.unfold(0, run.block_size + 1, 1)
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(sequences), (args.steps, args.batch_size), generator=generator)
-    for batch in starts.to(args.device):
+    starts = torch.randint(len(sequences), (run.steps, run.batch_size), generator=generator)
+    for batch in starts.to(run.device):
         yield sequences[batch]
 
 
@@ -175,23 +227,23 @@ def evaluate(model, windows, args):
 
 
 def measure_speed(base, data, args):
-    """For each method the median time of a training step, the methods taking turns."""
-    runs = {method: set_up(base, method, 0, args) for method in args.methods}
-    times = {method: [] for method in runs}
+    """For each row the median time of a training step, the rows taking turns."""
+    times = {run.name: [] for run in runs(args)}
+    ready = [(run, *set_up(base, run, 0)) for run in runs(args)]
     batch = next(batches(data, 0, args))
     for i in range(WARM_UP + TIMED):
         if LIVE or i == 0:
             say(f"measuring speed: {WARM_UP + TIMED - i} rounds, one step of each method in turn", live=True)
-        for method, (_, model, optimizer) in runs.items():
+        for run, model, forward, optimizer in ready:
             begun = time.perf_counter()
-            train_step(model, optimizer, batch, 0.0, args).item()  # rate 0; item waits for the device
-            times[method].append(time.perf_counter() - begun)
+            train_step(model, forward, optimizer, batch, 0.0, run).item()  # rate 0; item waits for the device
+            times[run.name].append(time.perf_counter() - begun)
 
-    medians = {method: statistics.median(seconds[WARM_UP:]) for method, seconds in times.items()}
+    medians = {name: statistics.median(seconds[WARM_UP:]) for name, seconds in times.items()}
     say(f"training takes, without evaluation, about {sum(medians.values()) * args.steps * args.seeds / 60:.1f} minutes")
     speed = {}
-    for method, median in medians.items():
-        speed[method] = {"ms": 1e3 * median, "relative": median / medians.get("frozen", math.nan)}
+    for name, median in medians.items():
+        speed[name] = {"ms": 1e3 * median, "relative": median / medians.get("frozen", math.nan)}
     return speed
 
 
@@ -253,14 +305,36 @@ def count(text):
     return int(text)
 
 
+def zero_or_one(text):
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
+    return text == "1"
+
+
+SETTINGS = {"r": count, "alpha": number, "r_p": count, "exact": zero_or_one, "lr": number, "even": number}
+
+
 def methods(text):
-    names = list(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in METHODS:
-            raise argparse.ArgumentTypeError(f"unknown method {name!r}: choose from {','.join(METHODS)}")
-        if name.startswith("peft-") and not find_spec("peft"):
-            raise argparse.ArgumentTypeError(f"{name!r} needs the package peft: pip install peft")
-    return names
+    """[{"name": "lora:r=21", "method": "lora", "r": 21}, ...] of "lora:r=21,...": the rows of the table."""
+    rows = []
+    for name in dict.fromkeys(text.split(",")):
+        method, *settings = name.split(":")
+        known_method(method)
+        row = {"name": name, "method": method}
+        for setting in settings:
+            key, _, value = setting.partition("=")
+            if key not in SETTINGS:
+                raise argparse.ArgumentTypeError(f"unknown setting {setting!r}: choose from {'=,'.join(SETTINGS)}=")
+            row[key] = SETTINGS[key](value)
+        rows.append(row)
+    return rows
+
+
+def known_method(name):
+    if name not in METHODS:
+        raise argparse.ArgumentTypeError(f"unknown method {name!r}: choose from {','.join(METHODS)}")
+    if name.startswith("peft-") and not find_spec("peft"):
+        raise argparse.ArgumentTypeError(f"{name!r} needs the package peft: pip install peft")
 
 
 def rates(text):
@@ -269,11 +343,18 @@ def rates(text):
     for part in text.split(","):
         name, _, rate = part.rpartition("=")
         if name:
-            methods(name)
+            known_method(name)
             by_method[name] = number(rate)
         else:
             for_all = dict.fromkeys(METHODS, number(rate))
     return for_all | by_method
+
+
+def runs(args):
+    """For each row of the table all its settings: those of the flags, and over them its own."""
+    for row in args.methods:
+        settings = vars(args) | {"lr": args.lr[row["method"]], "even": 0} | row
+        yield argparse.Namespace(**settings)
 
 
 def arguments():
@@ -288,8 +369,9 @@ def arguments():
     flag("--n-head", type=count, default=4, help="heads, with --init scratch")
     flag("--n-embd", type=count, default=128, help="width, with --init scratch")
     flag("--data", default=os.path.relpath(f"{HERE}/data/shakespeare.txt"), help="text; its last tenth validates")
-    flag("--methods", type=methods, default="full,lora,dora,prediag,sora",
-         help=f"of {','.join(METHODS)}: full trains all, frozen the positional embedding alone, for × frozen")
+    flag("--tuning", action="store_true", help="validate on the tenth before that, on which no method trains either")
+    flag("--methods", type=methods, help=f"rows of the table, of {','.join(METHODS)}: full trains all, frozen the "
+         f"positional embedding alone, for × frozen; with settings of their own ({', '.join(SETTINGS)}) as in lora:r=21")
     flag("--targets", nargs="+", metavar="NAME", help="layers to adapt, by the ends of their names: c_attn mlp.c_proj")
     flag("--r", type=count, default=16, help="rank of the low-rank pair")
     flag("--alpha", type=number, default=32.0, help="the pair is scaled by alpha / r")
@@ -300,7 +382,7 @@ def arguments():
     flag("--batch-size", type=count, default=16, help="sequences per step")
     flag("--block-size", type=count, default=128, help="tokens per sequence")
     flag("--lr", type=rates, default="1e-2,full=2e-3,frozen=2e-3", help="peak learning rate, for all or by method")
-    flag("--seeds", type=count, default=1, help="runs per method: more than one gives mean ± standard deviation")
+    flag("--seeds", type=count, default=1, help="runs per row: more than one gives errors and differences to LoRA")
     flag("--device", default=str(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
          help="cpu, cuda, cuda:1, mps, ...")
     flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
@@ -309,8 +391,13 @@ def arguments():
     flag("--save", metavar="DIR", default=None, help="for what is trained: adapters, or of full and frozen the model")
     flag("--json", metavar="FILE", default=None, help="to which each row is appended as a line, with all settings")
     flag("--sample", type=count, metavar="N", default=0, help="tokens of text by the base and by each tuned model")
+    flag("--curve", type=count, metavar="N", default=0, help="points in training at which to record the spectrum")
+    flag("--markdown", action="store_true", help="print the table once more, and charts, as a code host renders them")
 
-    if p.parse_known_args()[0].init in sora.GPT2:
+    told = p.parse_known_args()[0]
+    equal = told.r + round((1 + 2 * told.r_p) * 9 / 16)  # LoRA of SORA's size: 9/16 of all in + out of a GPT are out
+    p.set_defaults(methods=f"full,lora,lora:r={equal},dora,prediag,sora")
+    if told.init in sora.GPT2:
         gpu = torch.accelerator.is_available()
         p.set_defaults(block_size=1024, batch_size=16 if gpu else 1, steps=200, lr="2e-4,full=3e-5",
                        compile=torch.cuda.is_available())  # as LoRA's authors and nanoGPT tune GPT-2
@@ -321,9 +408,17 @@ def arguments():
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device.type == "cuda" else "float32"
     with blame(f"--save {args.save}, --json {args.json}"):  # now, for it is too late when the work is done
-        os.makedirs(args.save or ".", exist_ok=True)
+        if args.save:
+            os.makedirs(args.save, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.save).close()
         open(args.json or os.devnull, "a").close()
+    args.sha256 = {path: sha256(path) for path in (args.data, args.init) if os.path.isfile(path)}
     return args
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def complain(message):
@@ -342,10 +437,13 @@ def load_base(args):
             raise ValueError(f"{base.config} is too small for {vocabulary.n_vocab} tokens, "
                              f"--block-size {args.block_size}")
     base.to(args.device).requires_grad_(False)
-    for method in args.methods:
-        if method in sora.METHODS:
-            with blame(f"--methods {method}"):  # a dry run: what does not fit this base shall not show later
-                prepare(base, method, args)
+    size = 4 * sum(p.numel() for p in base.parameters())
+    if args.save and shutil.disk_usage(args.save).free < size:
+        fail(f"--save {args.save}: a model takes {size:,} bytes, more than are free there")
+    for run in runs(args):
+        if run.method in sora.METHODS:
+            with blame(f"--methods {run.name}"):  # a dry run: what does not fit this base shall not show later
+                prepare(base, run)
     return base, vocabulary
 
 
@@ -381,7 +479,8 @@ def load_data(args, vocabulary):
         if len(ids) < least:
             raise ValueError(f"too short: it has {len(ids)} tokens, --block-size {args.block_size} needs {least}")
     tokens = torch.from_numpy(ids.astype("int64")).to(args.device)
-    data, held_out = tokens.tensor_split([len(tokens) * 9 // 10])
+    data, tuning, final = tokens.tensor_split([len(tokens) * 8 // 10, len(tokens) * 9 // 10])
+    held_out = tuning if args.tuning else final
 
     windows = held_out.unfold(0, args.block_size + 1, args.block_size)  # (N, T + 1), each token predicted once
     n = min(WINDOWS, len(windows))
@@ -390,26 +489,28 @@ def load_data(args, vocabulary):
     return data, windows[torch.linspace(0, len(windows) - 1, n).long()]
 
 
-def save(model, method, seed, args):
+def save(model, seed, run):
     """Where --save is given: the adapter, or the whole model. Returns what to say of it."""
-    if not args.save:
+    if not run.save:
         return ""
-    name = f"{method}-{seed}.pt" if args.seeds > 1 else f"{method}.pt"
-    path = os.path.join(args.save, name)
-    if method in sora.METHODS:
+    name = run.name.replace(":", "-")  # which not every system takes in a file's name
+    if run.seeds > 1:
+        name += f"-{seed}"
+    path = os.path.join(run.save, f"{name}.pt")
+    if run.method in sora.METHODS:
         sora.save(sora.adapter_state_dict(model), path)
     else:
         sora.save(model.checkpoint(), path)
     return f", saved as {path}"
 
 
-def write_row(row, args):
+def write_row(row, run):
     """Where --json is given: one more line, whole as soon as the row is there. NaN, which JSON lacks, becomes null."""
-    if args.json:
-        row = row | {"settings": vars(args) | {"torch": torch.__version__}}
+    if run.json:
+        row = row | {"settings": vars(run) | {"torch": torch.__version__, "python": sys.version}}
         line = json.dumps(row, default=str)
         line = json.dumps(json.loads(line, parse_constant=nothing))
-        with open(args.json, "a") as file:
+        with open(run.json, "a") as file:
             file.write(line + "\n")
 
 
@@ -462,7 +563,7 @@ def announce(args, base, data, windows, loss):
     if args.device.type == "cuda":
         device = torch.cuda.get_device_name(args.device)
     compiled = ", compiled: the first steps take long" if args.compile else ""
-    lr = ", ".join(f"{method} {args.lr[method]:g}" for method in args.methods)
+    lr = ", ".join(f"{run.name} {run.lr:g}" for run in runs(args))
     say(f"device    {args.device}, {device}, torch {torch.__version__}, {args.dtype}{compiled}")
     say(f"base      {args.init}: {base.config}")
     say(f"data      {args.data}: {len(data):,} training tokens, {len(windows)} validation windows of {args.block_size}")
@@ -471,17 +572,21 @@ def announce(args, base, data, windows, loss):
 
 
 def print_table(results):
-    """Aligned columns of means over the seeds, without those that are empty, and what they mean."""
-    table = [["method", *COLUMNS, "spectrum"]]
-    for method, rows in results.items():
-        if rows:
-            cells = [cell(rows, key, form) for key, form in COLUMNS.values()]
-            table.append([method, *cells, sparkline(rows)])
-    columns = [column for column in zip(*table) if set(column[1:]) - {"-", ""}]
+    """Aligned columns of means over the seeds, and what they mean."""
     say()
-    for line in zip(*map(aligned, columns)):
+    for line in zip(*map(aligned, columns_of(results))):
         say("  ".join(line).rstrip())
     say(LEGEND)
+
+
+def columns_of(results):
+    """[title, cell, ...] of each column, without those that are empty."""
+    table = [["method", *COLUMNS, "spectrum"]]
+    for name, rows in results.items():
+        if rows:
+            cells = [cell(rows, key, form) for key, form in COLUMNS.values()]
+            table.append([name, *cells, sparkline(rows)])
+    return [column for column in zip(*table) if set(column[1:]) - {"-", ""}]
 
 
 def aligned(column):
@@ -503,12 +608,105 @@ def cell(rows, key, form):
 
 def sparkline(rows):
     """A bar for each point of the mean spectrum: log σ, from log FLOOR, drawn as a blank, to the largest."""
-    spectra = [row["spectrum"] for row in rows if "spectrum" in row]
+    diverged = [str(row["diverged"]) for row in rows if "diverged" in row]
+    if diverged:
+        return f"diverged at step {', '.join(diverged)}"
     bars = ""
-    for logs in zip(*spectra):
-        height = 8 - 8 * statistics.fmean(logs) / math.log10(FLOOR)
-        bars += " ▁▂▃▄▅▆▇█"[round(height)]
+    for log in means([row["spectrum"] for row in rows if "spectrum" in row]):
+        bars += " ▁▂▃▄▅▆▇█"[round(8 - 8 * log / math.log10(FLOOR))]
     return bars
+
+
+def print_differences(results):
+    """To LoRA, seed by seed: what a seed does to all rows cancels. And do the numbers of an update go with its loss?"""
+    lora = {row["seed"]: row["loss"] for row in results.get("lora", [])}
+    if len(lora) < 2:
+        return
+    say("\nval loss less lora's of the same seed: mean ± standard error, and ≈ where it is below two standard errors")
+    for name, rows in results.items():
+        differences = [row["loss"] - lora[row["seed"]] for row in rows if row.get("seed") in lora]
+        if name != "lora" and len(differences) > 1:
+            say(f"{name:18} {mean_and_error(differences)}")
+
+    adapted = [row for rows in results.values() for row in rows if "entropy1" in row and row["method"] != "full"]
+    if len({row["method"] for row in adapted}) > 2:
+        say(f"\nrank correlation with val loss over {len(adapted)} runs of adapters, all less their mean over the same seed")
+        for title, key in [("‖dW‖", "change"), ("H(σ²)", "entropy2"), ("H(σ)", "entropy1")]:
+            say(f"{title:18} {rank_correlation(adapted, key):+.2f}")
+
+
+def mean_and_error(differences):
+    mean = statistics.fmean(differences)
+    if not math.isfinite(mean):
+        return "-"
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    text = f"{mean:+.3f} ± {error:.3f}"
+    if abs(mean) < 2 * error:
+        text += " ≈"
+    return text
+
+
+def rank_correlation(rows, key):
+    """Spearman's, of row[key] and the loss, both less their mean over the rows of the same seed."""
+    ranks = []
+    for name in (key, "loss"):
+        means = {}
+        for seed in {row["seed"] for row in rows}:
+            means[seed] = statistics.fmean(row[name] for row in rows if row["seed"] == seed)
+        values = torch.tensor([row[name] - means[row["seed"]] for row in rows])
+        ranks.append(values.argsort().argsort().double())
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+# ---- What a code host renders: a table of Markdown, charts of Mermaid
+
+COLOURS = {"blue": "#1f77b4", "orange": "#ff7f0e", "green": "#2ca02c", "red": "#d62728", "purple": "#9467bd",
+           "brown": "#8c564b", "pink": "#e377c2", "grey": "#7f7f7f"}
+
+
+def print_markdown(results):
+    """The table and, where something was trained, charts of losses, spectra and (with --curve) entropies."""
+    say()
+    for i, line in enumerate(zip(*columns_of(results))):
+        say(f"| {' | '.join(line)} |")
+        if i == 0:
+            say("|---" * len(line) + "|")
+
+    trained = {name: rows for name, rows in results.items() if rows and all("spectrum" in row for row in rows)}
+    if not trained:
+        return
+    losses = [[row["loss"] for row in rows] for rows in trained.values()]
+    marks = [(kind, list(map(of, losses))) for kind, of in [("bar", statistics.fmean), ("line", min), ("line", max)]]
+    chart("val loss: the mean, and as lines the lowest and the highest of all seeds", trained, marks)
+
+    lines = {name: means([row["spectrum"] for row in rows]) for name, rows in trained.items()}
+    chart_of_lines("log σ, from the largest to the smallest, over the largest", range(1, POINTS + 1), lines)
+
+    steps = [point["step"] for point in next(iter(trained.values()))[0]["curve"]]
+    for title, key in [("‖dW‖", "change"), ("H(σ²)", "entropy2"), ("H(σ)", "entropy1")] if steps else []:
+        lines = {name: means([[point[key] for point in row["curve"]] for row in rows]) for name, rows in trained.items()}
+        chart_of_lines(f"{title} over the steps", steps, lines)
+
+
+def means(lists):
+    return [statistics.fmean(values) for values in zip(*lists)]
+
+
+def chart_of_lines(title, x, lines):
+    """A line for each name. Such charts have no legend: the title names the colours."""
+    legend = ", ".join(f"{name} {colour}" for name, colour in zip(lines, COLOURS))
+    chart(f"{title}: {legend}", x, [("line", values) for values in lines.values()])
+
+
+def chart(title, x, marks):
+    """marks: ("bar" or "line", values over x)."""
+    labels = ", ".join(f'"{label}"' for label in x)
+    say("\n```mermaid")
+    say(f'%%{{init: {{"themeVariables": {{"xyChart": {{"plotColorPalette": "{", ".join(COLOURS.values())}"}}}}}}}}%%')
+    say(f'xychart-beta\n    title "{title}"\n    x-axis [{labels}]')
+    for kind, values in marks:
+        say(f"    {kind} [{', '.join(f'{value:.4g}' for value in values)}]")
+    say("```")
 
 
 if __name__ == "__main__":
@@ -518,3 +716,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         say("\ninterrupted")
         sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in f"{error!r}".lower():
+            raise
+        fail(f"out of memory: lower --batch-size or --block-size, or ask for fewer --methods at a time ({error!s:.100})")
