@@ -76,8 +76,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 # ======== The method: one layer, four ways to fill it, and the rotation
@@ -471,7 +471,7 @@ def _target_names(model, targets):
     if missing or not found:
         exist = sorted({name.rpartition(".")[2] for name in linears}) or ["no nn.Linear inside"]
         raise ValueError(f"targets match nothing: {', '.join(missing)}; the model has {', '.join(exist)}")
-    return list(dict.fromkeys(sum(found.values(), [])))
+    return list(dict.fromkeys(name for names in found.values() for name in names))
 
 
 def _ending(names, target):
