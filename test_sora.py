@@ -2093,6 +2093,155 @@ def test_exact_and_targets_reach_the_layers(method):
         assert [m.exact for m in exact.modules() if isinstance(m, SORALinear)] == [True] * 8
 
 
+def test_rows_have_settings_of_their_own():
+    args = parsed("--methods", "lora,lora:r=3:lr=5e-4,sora:exact=0:r_p=1,full:lr=1", "--lr", "1e-2,lora=3e-3")
+    rows = {run.name: run for run in train_gpt.runs(args)}
+    assert [(run.method, run.r, run.r_p, run.exact, run.lr) for run in rows.values()] == [
+        ("lora", 2, 4, True, 3e-3), ("lora", 3, 4, True, 5e-4), ("sora", 2, 1, False, 1e-2), ("full", 2, 4, True, 1)]
+    base = tiny_gpt().requires_grad_(False)
+    model = train_gpt.prepare(base, rows["sora:exact=0:r_p=1"])
+    layer = model.transformer.h[0].attn.c_attn
+    assert (layer.r, layer.r_p, layer.exact) == (2, 1, False)
+
+
+def test_a_default_row_is_lora_of_the_size_of_sora(monkeypatch):
+    base = GPT.from_pretrained(HERE / "data/base.pt").requires_grad_(False)
+    for flags, r in [([], 21), (["--r", "4", "--r-p", "1"], 6), (["--r", "1", "--r-p", "12"], 15)]:
+        monkeypatch.setattr(sys, "argv", ["train_gpt.py", *flags])
+        rows = {run.name: run for run in train_gpt.runs(train_gpt.arguments())}
+        assert list(rows) == ["full", "lora", f"lora:r={r}", "dora", "prediag", "sora"]
+        sizes = []
+        for name in (f"lora:r={r}", "sora"):
+            model = train_gpt.prepare(base, rows[name])
+            sizes.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+        a_rank = sum(sum(layer.weight.shape) for layer in model.modules() if hasattr(layer, "A"))
+        assert abs(sizes[0] - sizes[1]) <= a_rank / 2
+
+
+@FORMS
+@pytest.mark.parametrize("name", ["postdiag", "rotation"])
+def test_the_controls_equal_the_dense_formula(name, many, monkeypatch):
+    monkeypatch.setattr(sora, "MANY", many)
+    layer, x = trained(sora.METHODS[name](linear(), r=3, r_p=2)), torch.randn(4, 7, dtype=torch.float64, generator=rng())
+    p = {key: q.detach().clone().requires_grad_() for key, q in layer.named_parameters() if q.requires_grad}
+    assert p.keys() == ({"A", "B", "d"} if name == "postdiag" else {"A", "B", "C", "E"})
+    if name == "postdiag":
+        W = torch.diag(p["d"]) @ dense("lora", layer.weight, p, layer.s)
+    else:
+        W = dense("sora", layer.weight, p | {"d": torch.ones(5, dtype=torch.float64)}, layer.s)
+    y, expected = layer(x), F.linear(x, W, layer.bias)
+    torch.testing.assert_close(y, expected)
+    found = torch.autograd.grad(y.square().sum(), [layer.get_parameter(key) for key in p])
+    wanted = torch.autograd.grad(expected.square().sum(), list(p.values()))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_unevenness():
+    model = trained(adapt(nn.Sequential(linear(), linear(5, 6)), "lora", r=3))
+    expected = []
+    for layer in model:
+        sigma = torch.linalg.svdvals(layer.B @ layer.A)[:3]
+        expected.append(3 * (sigma**4).sum() / (sigma**2).sum() ** 2 - 1)
+    torch.testing.assert_close(train_gpt.unevenness(model), torch.stack(expected).mean())
+    fresh = adapt(nn.Sequential(linear()), "lora", r=3)
+    train_gpt.unevenness(fresh).backward()
+    assert not fresh[0].B.grad.any()  # neither is it nan
+
+    base, losses = frozen_gpt(), {}
+    for name in ("lora", "lora:even=10"):
+        run = row_of(name, "--r", "4", "--steps", 40)
+        model, forward, optimizer = train_gpt.set_up(base, run, 0)
+        for _ in range(40):
+            train_gpt.train_step(model, forward, optimizer, tokens(4, 9, vocabulary=64), 1e-2, run)
+        losses[name] = train_gpt.unevenness(model).item()
+    assert losses["lora:even=10"] < losses["lora"] / 2
+
+
+def results_of(**losses):
+    """{name: rows} as fine_tune gives them, of the losses of seeds 0, 1, ..."""
+    results = {"(base)": [{"loss": 5.0}]}
+    for name, values in losses.items():
+        rows = []
+        for seed, loss in enumerate(values):
+            point = {"change": loss / 10, "entropy2": 0.1 * seed, "entropy1": 1 / loss, "spectrum": [0.0, -1.0, -2.0]}
+            rows.append({"method": name, "seed": seed, "loss": loss, "trainable": 9, **point,
+                         "curve": [{"step": 5, "loss": 9.0, **point}, {"step": 10, "loss": 8.0, **point}]})
+        results[name] = rows
+    return results
+
+
+def test_differences_are_taken_seed_by_seed(capsys):
+    results = results_of(lora=[2, 4, 6], sora=[1, 2, 6], dora=[2, 3, 5.9], full=[1, math.nan, 1], prediag=[1])
+    train_gpt.print_differences(results)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        f"{'sora':18} -1.000 ± 0.577 ≈", f"{'dora':18} -0.367 ± 0.318 ≈", f"{'full':18} -"]
+    train_gpt.print_differences(results_of(lora=[2, 4, 6], sora=[1, 3, 5.1]))
+    assert capsys.readouterr().out.endswith(" -0.967 ± 0.033\n")
+    for too_few in (results_of(lora=[2], sora=[1]), results_of(sora=[1, 2])):
+        train_gpt.print_differences(too_few)
+    assert not capsys.readouterr().out
+
+
+def test_rank_correlations(capsys):
+    results = results_of(lora=[2.1, 4.3, 6.5], sora=[1, 2, 6], dora=[2, 3.5, 5.9], full=[0.1, 0.2, 0.3])
+    train_gpt.print_correlations(results)  # full is no adapter
+    printed = capsys.readouterr().out.splitlines()
+    assert "over 9 runs of adapters" in printed[1]
+    loss = torch.tensor([[2.1, 4.3, 6.5], [1, 2, 6], [2, 3.5, 5.9]])
+    ranks = []
+    for values in (loss, 1 / loss):
+        centred = (values - values.mean(0)).flatten().tolist()
+        ranks.append([sorted(centred).index(value) for value in centred])
+    a, b = torch.tensor(ranks).double() - 4
+    assert printed[2].split() == ["‖dW‖", "+1.00"] and printed[4].split() == ["H(σ)", f"{(a @ b / (a @ a)).item():+.2f}"]
+    train_gpt.print_correlations(results_of(lora=[1, 2], sora=[2, 3]))
+    assert not capsys.readouterr().out
+
+
+def test_markdown(capsys):
+    results = results_of(lora=[2, 4, 6], sora=[1, 2, 6]) | {"frozen": [{"loss": 4.0}], "dora": []}
+    train_gpt.print_markdown(results)
+    table, *charts = capsys.readouterr().out.strip().split("\n\n")
+    rows = [line.strip("|").split("|") for line in table.splitlines()]
+    assert [row[0].strip() for row in rows] == ["method", "---", "(base)", "lora", "sora", "frozen"]
+    assert len({len(row) for row in rows}) == 1 and rows[3][2].strip() == "4.000 ± 2.000"
+    assert len(charts) == 5
+    for chart, n in zip(charts, [2, train_gpt.POINTS, 2, 2, 2]):
+        first, init, kind, title, x, *marks, last = chart.splitlines()
+        assert (first, kind, last) == ("```mermaid", "xychart-beta", "```") and json.loads(init[9:-3])["themeVariables"]
+        assert len(json.loads(x.removeprefix("    x-axis "))) == n
+        assert "lora blue, sora orange" in title or "val loss" in title
+        for mark in marks:
+            assert re.fullmatch(r" +(bar|line) \[.*\]", mark) and mark.count(",") < n
+    assert charts[0].splitlines()[5:8] == ["    bar [4, 3]", "    line [2, 1]", "    line [6, 6]"]
+    train_gpt.print_markdown({"(base)": [{"loss": 4.0}]})
+    assert "mermaid" not in capsys.readouterr().out
+
+
+def test_what_is_tuned_on_is_neither_trained_on_nor_judged_by():
+    vocabulary = train_gpt.load_vocabulary(2048)
+    flags = "--data", HERE / "data/shakespeare.txt", "--block-size", 128
+    data, final = train_gpt.load_data(parsed(*flags), vocabulary)
+    again, tuning = train_gpt.load_data(parsed(*flags, "--tuning"), vocabulary)
+    text = torch.tensor(vocabulary.encode_ordinary((HERE / "data/shakespeare.txt").read_text(encoding="utf-8")))
+    n = len(text)
+    assert torch.equal(data, again) and torch.equal(data, text[:n * 8 // 10])
+    assert torch.equal(tuning[0], text[n * 8 // 10:][:129]) and torch.equal(final[0], text[n * 9 // 10:][:129])
+    assert not any(torch.equal(a, b) for a in final for b in tuning)
+
+
+def test_the_way_there_is_recorded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = "--methods full,sora,frozen --steps 10 --curve 5 --markdown --seeds 2 --json all.json".split()
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *flags])
+    train_gpt.main()
+    for row in rows_of("all.json"):
+        assert [point["step"] for point in row["curve"]] == [2, 4, 6, 8, 10]
+        assert all(math.isfinite(point["loss"]) for point in row["curve"])
+        assert row["curve"][-1]["change"] == row["change"] and row["curve"][-1].get("entropy1") == row.get("entropy1")
+    assert capsys.readouterr().out.count("```mermaid") == 5
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_train_gpt_compiles_each_method_once(monkeypatch, capsys):
     """For the speed measurement, for training and evaluation, and for each seed."""
@@ -2133,7 +2282,7 @@ def test_train_gpt_in_bfloat16(tmp_path, monkeypatch, capsys):
 
 
 def test_gpt2_changes_the_defaults(monkeypatch):
-    for flags, expected in [([], (120, 128, 1e-2, 2e-3)), (["--init", "gpt2-xl"], (200, 1024, 2e-4, 3e-5)),
+    for flags, expected in [([], (120, 128, 1e-2, 2.8e-3)), (["--init", "gpt2-xl"], (200, 1024, 2e-4, 3e-5)),
                             (["--init", "gpt2", "--steps", "7", "--lr", "full=1"], (7, 1024, 2e-4, 1))]:
         monkeypatch.setattr(sys, "argv", ["train_gpt.py", *flags])
         args = train_gpt.arguments()

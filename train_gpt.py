@@ -85,13 +85,15 @@ def main():
                 row |= speed[run.name]
                 results[run.name].append(row)
                 write_row(row, run)
-                say(f"{run.name:9} seed {seed}  validation loss {row['start']:.4f} -> {row['loss']:.4f}, {row['note']}")
+                change = f"{row['start']:.4f} -> {row['loss']:.4f}"
+                say(f"{run.name:9} seed {seed}  validation loss {change}, {row['note']}")
                 if math.isfinite(row["loss"]):
                     show_sample(run.name, model, windows, vocabulary, args)
                 del model  # or it would be held while the next one trains
     finally:  # what has finished, also after Ctrl-C or where a method fails
         print_table(results)
         print_differences(results)
+        print_correlations(results)
         if args.markdown:
             print_markdown(results)
 
@@ -102,25 +104,29 @@ def fine_tune(base, run, seed, data, windows):
         torch.cuda.reset_peak_memory_stats(run.device)
     model, forward, optimizer = set_up(base, run, seed)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    row = {"method": run.name, "seed": seed, "trainable": trainable, "start": evaluate(forward, windows, run)}
+    start = evaluate(forward, windows, run)
+    row = {"method": run.name, "seed": seed, "trainable": trainable, "start": start, "curve": []}
 
-    losses, row["curve"] = [], []
+    losses = []  # they stay on the device, so that nothing waits for it
+    every = max(1, run.steps // max(1, run.curve))
     for step, batch in enumerate(batches(data, seed, run), 1):
         losses.append(train_step(model, forward, optimizer, batch, learning_rate(step, run), run))
         if step % max(1, run.steps // UPDATES) == 0:
             loss = losses[-1].item()
-            say(f"{run.name:9} seed {seed}  step {step:>5} of {run.steps}  loss {loss:.3f}", live=True)
+            progress = f"step {step:>5} of {run.steps}"
+            say(f"{run.name:9} seed {seed}  {progress}  loss {loss:.3f}", live=True)
             if not math.isfinite(loss):
                 break
-        if run.curve and step % max(1, run.steps // run.curve) == 0:
-            recent = losses[-max(1, run.steps // run.curve):]
-            row["curve"].append({"step": step, "loss": torch.stack(recent).mean().item()} | spectrum(base, model))
+        if run.curve and step % every == 0:
+            loss = torch.stack(losses[-every:]).mean().item()
+            row["curve"].append({"step": step, "loss": loss} | spectrum(base, model))
 
     row["loss"] = evaluate(forward, windows, run)
     if run.device.type == "cuda":
         row["memory"] = torch.cuda.max_memory_allocated(run.device) / 2**20
     if not math.isfinite(row["loss"]):
-        row["diverged"] = next((i for i, loss in enumerate(losses, 1) if not loss.isfinite()), run.steps)
+        bad = [i for i, loss in enumerate(losses, 1) if not loss.isfinite()]
+        row["diverged"] = min(bad, default=run.steps)
         row["note"] = f"diverged at step {row['diverged']}: choose a lower rate than --lr {run.method}={run.lr:g}"
     elif run.method.startswith("peft-"):
         row["note"] = "only measured: neither saved nor merged"
@@ -133,7 +139,7 @@ def fine_tune(base, run, seed, data, windows):
 
 
 def train_step(model, forward, optimizer, batch, rate, run):
-    """One optimiser step on a batch (B, T + 1); its loss stays on the device, so that nothing waits for it."""
+    """One optimiser step on a batch (B, T + 1). Returns its loss."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     loss = loss_of(forward, batch, run)
@@ -153,7 +159,8 @@ def unevenness(model):
     for layer in model.modules():
         if isinstance(layer, sora.DiagonalPlusLowRank):
             G = (layer.A @ layer.A.T) @ (layer.B.T @ layer.B)  # (r, r): its eigenvalues are σ²
-            found.append(layer.r * (G * G.T).sum() / (G.trace() ** 2 + 1e-12) - 1)
+            energy = G.trace() ** 2 + 1e-12  # (Σσ²)², and not 0 where B is
+            found.append(layer.r * (G * G.T).sum() / energy - 1)
     return torch.stack(found).mean()
 
 
@@ -321,10 +328,11 @@ def methods(text):
         method, *settings = name.split(":")
         known_method(method)
         row = {"name": name, "method": method}
+        keys = list(SETTINGS) if method in sora.METHODS else ["lr"]
         for setting in settings:
             key, _, value = setting.partition("=")
-            if key not in SETTINGS:
-                raise argparse.ArgumentTypeError(f"unknown setting {setting!r}: choose from {'=,'.join(SETTINGS)}=")
+            if key not in keys:
+                raise argparse.ArgumentTypeError(f"unknown setting {setting!r} of {method}: choose from {', '.join(keys)}")
             row[key] = SETTINGS[key](value)
         rows.append(row)
     return rows
@@ -381,7 +389,7 @@ def arguments():
     flag("--steps", type=count, default=120, help="optimiser steps per method")
     flag("--batch-size", type=count, default=16, help="sequences per step")
     flag("--block-size", type=count, default=128, help="tokens per sequence")
-    flag("--lr", type=rates, default="1e-2,full=2e-3,frozen=2e-3", help="peak learning rate, for all or by method")
+    flag("--lr", type=rates, default="1e-2,full=2.8e-3,frozen=2e-3", help="peak learning rate, for all or by method")
     flag("--seeds", type=count, default=1, help="runs per row: more than one gives errors and differences to LoRA")
     flag("--device", default=str(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
          help="cpu, cuda, cuda:1, mps, ...")
@@ -479,7 +487,8 @@ def load_data(args, vocabulary):
         if len(ids) < least:
             raise ValueError(f"too short: it has {len(ids)} tokens, --block-size {args.block_size} needs {least}")
     tokens = torch.from_numpy(ids.astype("int64")).to(args.device)
-    data, tuning, final = tokens.tensor_split([len(tokens) * 8 // 10, len(tokens) * 9 // 10])
+    n = len(tokens)
+    data, tuning, final = tokens.tensor_split([n * 8 // 10, n * 9 // 10])
     held_out = tuning if args.tuning else final
 
     windows = held_out.unfold(0, args.block_size + 1, args.block_size)  # (N, T + 1), each token predicted once
@@ -618,7 +627,7 @@ def sparkline(rows):
 
 
 def print_differences(results):
-    """To LoRA, seed by seed: what a seed does to all rows cancels. And do the numbers of an update go with its loss?"""
+    """To LoRA, seed by seed: what a seed does to all rows cancels."""
     lora = {row["seed"]: row["loss"] for row in results.get("lora", [])}
     if len(lora) < 2:
         return
@@ -627,12 +636,6 @@ def print_differences(results):
         differences = [row["loss"] - lora[row["seed"]] for row in rows if row.get("seed") in lora]
         if name != "lora" and len(differences) > 1:
             say(f"{name:18} {mean_and_error(differences)}")
-
-    adapted = [row for rows in results.values() for row in rows if "entropy1" in row and row["method"] != "full"]
-    if len({row["method"] for row in adapted}) > 2:
-        say(f"\nrank correlation with val loss over {len(adapted)} runs of adapters, all less their mean over the same seed")
-        for title, key in [("‖dW‖", "change"), ("H(σ²)", "entropy2"), ("H(σ)", "entropy1")]:
-            say(f"{title:18} {rank_correlation(adapted, key):+.2f}")
 
 
 def mean_and_error(differences):
@@ -646,16 +649,28 @@ def mean_and_error(differences):
     return text
 
 
-def rank_correlation(rows, key):
-    """Spearman's, of row[key] and the loss, both less their mean over the rows of the same seed."""
-    ranks = []
-    for name in (key, "loss"):
-        means = {}
-        for seed in {row["seed"] for row in rows}:
-            means[seed] = statistics.fmean(row[name] for row in rows if row["seed"] == seed)
-        values = torch.tensor([row[name] - means[row["seed"]] for row in rows])
-        ranks.append(values.argsort().argsort().double())
-    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+def print_correlations(results):
+    """Do the numbers of an update go with its loss? Over the adapters, each seed for itself."""
+    adapted = []
+    for rows in results.values():
+        adapted += [row for row in rows if "entropy1" in row and row["method"] != "full"]
+    if len({row["method"] for row in adapted}) < 3:
+        return
+    say(f"\nrank correlation with val loss over {len(adapted)} runs of adapters, all less their mean over the same seed")
+    for title, key in [("‖dW‖", "change"), ("H(σ²)", "entropy2"), ("H(σ)", "entropy1")]:
+        pair = torch.stack([less_its_mean(adapted, key), less_its_mean(adapted, "loss")])
+        ranks = pair.argsort().argsort().double()
+        say(f"{title:18} {torch.corrcoef(ranks)[0, 1].item():+.2f}")
+
+
+def less_its_mean(rows, key):
+    """row[key] less its mean over the rows of the same seed, as a tensor."""
+    values = torch.tensor([row[key] for row in rows])
+    seeds = torch.tensor([row["seed"] for row in rows])
+    for seed in seeds.unique():
+        same = seeds == seed
+        values[same] -= values[same].mean()
+    return values
 
 
 # ---- What a code host renders: a table of Markdown, charts of Mermaid
@@ -665,26 +680,47 @@ COLOURS = {"blue": "#1f77b4", "orange": "#ff7f0e", "green": "#2ca02c", "red": "#
 
 
 def print_markdown(results):
-    """The table and, where something was trained, charts of losses, spectra and (with --curve) entropies."""
+    """The table and, of what was trained, charts of losses, spectra and (with --curve) of the way there."""
+    lines = list(zip(*columns_of(results)))
+    lines.insert(1, ["---"] * len(lines[0]))
     say()
-    for i, line in enumerate(zip(*columns_of(results))):
+    for line in lines:
         say(f"| {' | '.join(line)} |")
-        if i == 0:
-            say("|---" * len(line) + "|")
 
-    trained = {name: rows for name, rows in results.items() if rows and all("spectrum" in row for row in rows)}
+    trained = {}
+    for name, rows in results.items():
+        if rows and all("spectrum" in row for row in rows):
+            trained[name] = rows
     if not trained:
         return
-    losses = [[row["loss"] for row in rows] for rows in trained.values()]
-    marks = [(kind, list(map(of, losses))) for kind, of in [("bar", statistics.fmean), ("line", min), ("line", max)]]
+    chart_of_losses(trained)
+    spectra = {name: means([row["spectrum"] for row in rows]) for name, rows in trained.items()}
+    chart_of_lines("log of σ over the largest σ, from the largest to the smallest", range(1, POINTS + 1), spectra)
+    charts_over_steps(trained)
+
+
+def chart_of_losses(trained):
+    losses = []
+    for rows in trained.values():
+        losses.append([row["loss"] for row in rows])
+    marks = []
+    for kind, of in [("bar", statistics.fmean), ("line", min), ("line", max)]:
+        marks.append((kind, [of(values) for values in losses]))
     chart("val loss: the mean, and as lines the lowest and the highest of all seeds", trained, marks)
 
-    lines = {name: means([row["spectrum"] for row in rows]) for name, rows in trained.items()}
-    chart_of_lines("log σ, from the largest to the smallest, over the largest", range(1, POINTS + 1), lines)
 
-    steps = [point["step"] for point in next(iter(trained.values()))[0]["curve"]]
-    for title, key in [("‖dW‖", "change"), ("H(σ²)", "entropy2"), ("H(σ)", "entropy1")] if steps else []:
-        lines = {name: means([[point[key] for point in row["curve"]] for row in rows]) for name, rows in trained.items()}
+def charts_over_steps(trained):
+    rows = next(iter(trained.values()))
+    steps = [point["step"] for point in rows[0]["curve"]]
+    if not steps:
+        return
+    for title, key in [("‖dW‖", "change"), ("H(σ²)", "entropy2"), ("H(σ)", "entropy1")]:
+        lines = {}
+        for name, rows in trained.items():
+            curves = []
+            for row in rows:
+                curves.append([point[key] for point in row["curve"]])
+            lines[name] = means(curves)
         chart_of_lines(f"{title} over the steps", steps, lines)
 
 
@@ -695,17 +731,22 @@ def means(lists):
 def chart_of_lines(title, x, lines):
     """A line for each name. Such charts have no legend: the title names the colours."""
     legend = ", ".join(f"{name} {colour}" for name, colour in zip(lines, COLOURS))
-    chart(f"{title}: {legend}", x, [("line", values) for values in lines.values()])
+    marks = [("line", values) for values in lines.values()]
+    chart(f"{title}: {legend}", x, marks)
 
 
 def chart(title, x, marks):
     """marks: ("bar" or "line", values over x)."""
     labels = ", ".join(f'"{label}"' for label in x)
+    palette = ", ".join(COLOURS.values())
     say("\n```mermaid")
-    say(f'%%{{init: {{"themeVariables": {{"xyChart": {{"plotColorPalette": "{", ".join(COLOURS.values())}"}}}}}}}}%%')
-    say(f'xychart-beta\n    title "{title}"\n    x-axis [{labels}]')
+    say(f'%%{{init: {{"themeVariables": {{"xyChart": {{"plotColorPalette": "{palette}"}}}}}}}}%%')
+    say("xychart-beta")
+    say(f'    title "{title}"')
+    say(f"    x-axis [{labels}]")
     for kind, values in marks:
-        say(f"    {kind} [{', '.join(f'{value:.4g}' for value in values)}]")
+        numbers = ", ".join(f"{value:.4g}" for value in values)
+        say(f"    {kind} [{numbers}]")
     say("```")
 
 
