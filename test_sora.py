@@ -12,7 +12,11 @@ import os
 import pickle
 import random
 import re
+import resource
+import runpy
+import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -2122,7 +2126,8 @@ def test_a_default_row_is_lora_of_the_size_of_sora(monkeypatch):
 @pytest.mark.parametrize("name", ["postdiag", "rotation"])
 def test_the_controls_equal_the_dense_formula(name, many, monkeypatch):
     monkeypatch.setattr(sora, "MANY", many)
-    layer, x = trained(sora.METHODS[name](linear(), r=3, r_p=2)), torch.randn(4, 7, dtype=torch.float64, generator=rng())
+    layer = trained(sora.METHODS[name](linear(), r=3, r_p=2))
+    x = torch.randn(4, 7, dtype=torch.float64, generator=rng())
     p = {key: q.detach().clone().requires_grad_() for key, q in layer.named_parameters() if q.requires_grad}
     assert p.keys() == ({"A", "B", "d"} if name == "postdiag" else {"A", "B", "C", "E"})
     if name == "postdiag":
@@ -2193,7 +2198,8 @@ def test_rank_correlations(capsys):
         centred = (values - values.mean(0)).flatten().tolist()
         ranks.append([sorted(centred).index(value) for value in centred])
     a, b = torch.tensor(ranks).double() - 4
-    assert printed[2].split() == ["‖dW‖", "+1.00"] and printed[4].split() == ["H(σ)", f"{(a @ b / (a @ a)).item():+.2f}"]
+    assert printed[2].split() == ["‖dW‖", "+1.00"]
+    assert printed[4].split() == ["H(σ)", f"{(a @ b / (a @ a)).item():+.2f}"]
     train_gpt.print_correlations(results_of(lora=[1, 2], sora=[2, 3]))
     assert not capsys.readouterr().out
 
@@ -2389,6 +2395,472 @@ def test_every_flag_has_help_and_a_default():
     flags = re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE)
     assert {"--init", "--lr", "--json", "--r-p", "--compile"} <= set(flags) and len(flags) == 26
     assert " ".join(done.stdout.split()).count("(default: ") == len(flags)
+
+
+# ------------------------------------------------------------------------------------------ machines and users that err
+
+
+MEGABYTES = 2**20
+
+
+def wrong_values():
+    """{flag: values that it does not take}, each a text or a list of texts."""
+    counts = ["", " ", "0", "-1", "1.5", "nan", "inf", "1e400", "many", "²", "٠", "½", "1_000", "+3", " 3", "0x10",
+              "1e3", "10" * 40, str(10**9), str(2**63), "9" * 5000, "3,4", "--"]
+    numbers = ["", " ", "0", "-1", "nan", "inf", "-inf", "1e400", "1e-400", "many", "²", "0x1p3", "1,5", "--"]
+    wrong = dict.fromkeys("r r-p steps batch-size block-size seeds sample curve n-layer n-head n-embd".split(), counts)
+    settings = {"r": ["10000", *counts], "r_p": counts, "alpha": numbers, "lr": numbers, "even": numbers,
+                "exact": ["", "2", "yes", "True", "²"]}
+    rows = [f"sora:{key}={value}" for key, values in settings.items() for value in values]
+    rows += ["", ",", "lora,", ",lora", "lora:", "lora:r", "lora::r=2", ":r=2", "lora:=2", "lora:R=2", "lora: r=2",
+             "lora :r=2", "lora:r=2:r=3", "lora:r=2:", "peft-lora:even=1", "full:even=1", "frozen:even=1",
+             "full:exact=1", "sora:r-p=2", "lora:steps=3", "lora:name=x", "lora:method=sora", "LoRA", "lora lora",
+             "lora;sora", "sorra:r=2", "lora\nsora", "lora,sorra", "lora=1e-3"]
+    rates = [",", "=", "=1", "sora=", "sora==1", "sora=1=2", "1e-3,", ",1e-3", "sora", "sora=1,,", "SORA=1", " sora=1",
+             "sora=1,loro=1", "lora:r=2=1", *numbers, *(f"sora={value}" for value in numbers if value != "1,5")]
+    layers = [[], "", "nothing", ["c_attn", "nothing"], "c_attn,c_proj", ".", ".c_attn", "wte", "ln_1", "h", "c_",
+              "C_ATTN", "transformer.h.0.attn.c_attn.", "*", "\n", "²"]
+    devices = ["", "tpu", "cuda:99", "cpu:-1", "meta", "hpu", "privateuseone", "vulkan", " cpu", "CPU", "cuda:x", "0",
+               "\n"]
+    return wrong | {"alpha": numbers, "methods": rows, "lr": rates, "targets": layers, "device": devices,
+                    "dtype": ["", "float16", "bf16", "float64", "Float32", "32"]}
+
+
+def wrong_paths():
+    """{flag: paths that it does not take}, and the files that stand there, in this folder."""
+    os.mkdir("folder")
+    os.mkfifo("pipe")
+    os.mkfifo("pipe.safetensors")
+    os.symlink("loop", "loop")
+    os.symlink("nowhere", "dangling")
+    os.symlink("/dev/zero", "zero.safetensors")
+    texts = {"empty": b"", "one": b"a", "binary": bytes(range(256)), "latin": "Käse ".encode("latin-1") * 500,
+             "utf16": ("hello " * 500).encode("utf-16")}
+    for name, content in texts.items():
+        Path(name).write_bytes(content)
+
+    save(tiny_gpt(vocab_size=2048).checkpoint(), "whole.pt")
+    whole = Path("whole.pt").read_bytes()
+    headers = {"no": b"", "short": (5).to_bytes(8, "little") + b"{}", "huge": b"\xff" * 8 + b"{}",
+               "far": (2**40).to_bytes(8, "little") + b"{}", "list": (2).to_bytes(8, "little") + b"[]", "torch": whole}
+    files = {f"{name}.safetensors": content for name, content in headers.items()}
+    files |= {"half.pt": whole[:len(whole) // 2], "almost.pt": whole[:-1], "text.pt": b"hello\n" * 100,
+              "zeros.pt": bytes(5000), "flipped.pt": bytes(255 - b for b in whole[:300]) + whole[300:],
+              "code.pkl": pickle.dumps(Code())}
+    for name, content in files.items():
+        Path(name).write_bytes(content)
+
+    base = torch.load("whole.pt", weights_only=True)
+    objects = {"code": {"model": Code(), "config": {}}, "module": tiny_gpt(), "tensor": torch.zeros(3), "array": [1],
+               "dict": {}, "wrong": {"model": 1, "config": 2}, "nothing": {"model": {}, "config": {}},
+               "words": base | {"model": dict.fromkeys(base["model"], "x")},
+               "sparse": base | {"model": {name: p.to_sparse() for name, p in base["model"].items()}},
+               "nan": base | {"model": {name: p * math.nan for name, p in base["model"].items()}},
+               "adapter": adapter_state_dict(adapt(tiny_gpt(), r=2))}
+    for key, value in {"n_embd": -16, "n_head": 0, "block_size": 10**12, "n_layer": "1", "more": 1}.items():
+        objects[f"{key}-config"] = base | {"config": base["config"] | {key: value}}
+    for name, content in objects.items():
+        torch.save(content, f"{name}.pt")
+
+    nowhere = ["", " ", "nowhere", "folder", "one/x", "pipe", "/dev/null", "/dev/zero", "/dev/urandom", "loop",
+               "dangling", "a\0b", "x" * 300, "x/" * 3000, "/proc/self/mem"]
+    bases = [*files, *(f"{name}.pt" for name in objects), "pipe.safetensors", "zero.safetensors", "GPT2", "gpt2 ",
+             "Scratch"]
+    return {"data": [*nowhere, *texts, "whole.pt"], "init": [*nowhere, *texts, *bases],
+            "save": ["one", "one/x", "pipe", "pipe/x", "/proc/x", "/dev/null", "/dev/null/x", "loop", "dangling",
+                     "a\0b", "x" * 300],
+            "json": ["folder", ".", "/", "one/x", "nowhere/x", "/proc/x", "/dev/null/x", "loop", "a\0b", "x" * 300]}
+
+
+class Code:
+    """What, unpickled, makes a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("it ran",)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_train_gpt_answers_whatever_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
+    """Also where two flags are wrong at once; within seconds, without a trace, before anything is printed."""
+    monkeypatch.chdir(tmp_path)
+    cases = []
+    for flag, values in (wrong_values() | wrong_paths()).items():
+        for value in values:
+            cases.append([f"--{flag}", *([value] if isinstance(value, str) else value)])
+    for one, other in zip(random.Random(0).sample(cases, 100), random.Random(1).sample(cases, 100)):
+        cases.append([*one, *other])
+    for line in ["--exact=1", "--no-exact=0", "--compile=yes", "--tuning=1", "--markdown x", "--no-tuning", "-r 3",
+                 "--", "x", "-x", "--stepss 3", "--step 3", "--r= 3", "--rp 2", "--r_p 2", "--sample 0", "--r 2 3",
+                 "--help=1", "--n-head 3", "--random-weights", "--random-weights --init whole.pt",
+                 "--init whole.pt --block-size 9", "--r 17", "--block-size 999999", "--n-embd 1",
+                 *(f"--{flag}" for flag in wrong_values())]:
+        cases.append(line.split())
+
+    def too_long(*_):
+        pytest.fail(f"{flags}: no answer within 5 seconds")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (8000 * MEGABYTES, limits[1]))  # what is read without end ends here
+    try:
+        for flags in cases:
+            signal.alarm(5)
+            monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *flags])
+            code = "none, for it trained"
+            try:
+                train_gpt.main()
+            except SystemExit as stop:
+                code = stop.code
+            out, error = capsys.readouterr()
+            assert code == 2 and not out and error.count("\n") == 1, (flags, code, out, error)
+            assert error.startswith("train_gpt.py: ") and len(error) < 700 + 2 * len("".join(flags)), (flags, error)
+            assert "Traceback" not in error and "/torch/" not in error, (flags, error)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+    assert not Path("it ran").exists()
+    print(f"{len(cases)} cases")
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """main(*flags), here and now, of a tiny model and a short text, the speed measured in one round."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt, "TIMED", 1)
+    short_text()
+
+    def main(*flags):
+        monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *SHORT, *map(str, flags)])
+        train_gpt.main()
+
+    return main
+
+
+SHORT = "--device cpu --data text.txt".split()
+
+
+def short_text():
+    Path("text.txt").write_text((HERE / "data/shakespeare.txt").read_text(encoding="utf-8")[:9999])
+
+
+def table_of(printed):
+    """{name: line} of the table."""
+    lines = printed[printed.rindex("\nmethod "):].strip().split("\n\n")[0].splitlines()
+    return {line.split()[0]: line for line in lines}
+
+
+SPENT = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."), MemoryError(),
+         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+         RuntimeError("[enforce fail at alloc_cpu.cpp:83] . DefaultCPUAllocator: not enough memory: you tried to ...")]
+
+
+@pytest.mark.parametrize("error", [*SPENT, RuntimeError("a defect")], ids=["cuda", "python", "cpu", "windows", "other"])
+def test_where_memory_ends_what_has_finished_is_printed_and_one_line_helps(error, small, monkeypatch, capsys):
+    """The second of two rows runs out of it. An error of another kind is shown as it is, after the table."""
+    monkeypatch.setattr(sora, "METHODS", dict(sora.METHODS))  # which the file, run once more, changes
+    rest = iter(range(2 * 17 + 3 + 1))  # two rows measured, one trained, a step of the second
+
+    def clip_grad_norm_(*_):
+        if next(rest, None) is None:
+            raise error
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_grad_norm_)
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *SHORT, "--methods", "frozen,lora", "--json", "rows"])
+    with pytest.raises(SystemExit if error in SPENT else RuntimeError) as stop:
+        runpy.run_path(str(HERE / "train_gpt.py"), run_name="__main__")
+    out, said = capsys.readouterr()
+    assert table_of(out).keys() == {"method", "(base)", "frozen"}
+    assert [row["method"] for row in rows_of("rows")] == ["frozen"]
+    if error in SPENT:
+        line = r"train_gpt.py: out of memory: lower --batch-size or --block-size, or ask for fewer --methods .*\n"
+        assert stop.value.code == 2 and re.fullmatch(line, said), said
+    else:
+        assert stop.value is error and not said
+
+
+def test_a_row_that_diverges_stops_alone_and_tells_its_step(small, monkeypatch, capsys):
+    """Where its loss is not finite, or, as a gradient was not, that of the step after."""
+    learning_rate, loss_of, steps = train_gpt.learning_rate, train_gpt.loss_of, 12
+    at = None  # the step of training and the row; none while the speed is measured
+
+    def noted(step, run):
+        nonlocal at
+        at = (run.name, step)
+        return learning_rate(step, run)
+
+    def spoilt(model, batch, run):
+        loss = loss_of(model, batch, run)
+        if not torch.is_grad_enabled() or at != ("lora", wrong_step):
+            return loss
+        if kind == "gradient":
+            loss.register_hook(lambda gradient: gradient * math.nan)
+            return loss
+        return loss * float(kind)
+
+    monkeypatch.setattr(train_gpt, "learning_rate", noted)
+    monkeypatch.setattr(train_gpt, "loss_of", spoilt)
+    flags = f"--methods frozen,lora,full --steps {steps} --curve 6 --sample 1 --json".split()
+    cases, losses = [("nan", 0), ("inf", 5), *product(["nan", "gradient"], [1, 12])], set()
+    for kind, wrong_step in cases:  # at step 0 nothing is wrong
+        at, path = None, f"{kind}{wrong_step}.jsonl"
+        small(*flags, path)
+        printed = capsys.readouterr().out
+        rows = {row["method"]: row for row in rows_of(path)}
+        assert list(rows) == ["frozen", "lora", "full"]
+        losses.add((rows["frozen"]["loss"], rows["full"]["loss"]))
+        assert {name for name, row in rows.items() if "diverged" in row} == ({"lora"} if wrong_step else set())
+        whole = [name for name in rows if rows[name]["loss"] is not None]
+        assert [name for name, _ in samples(printed)] == ["(base)", *whole]
+        if wrong_step:
+            told = min(wrong_step + (kind == "gradient"), steps)
+            assert rows["lora"]["diverged"] == told and rows["lora"]["loss"] is None
+            assert f"diverged at step {told}: choose a lower rate than --lr lora=0.01" in printed
+            assert table_of(printed)["lora"].endswith(f" diverged at step {told}")
+            assert printed.count("diverged at step") == 2  # in its own line and in the table
+    assert len(losses) == 1 and math.isfinite(sum(*losses))
+    print(f"{len(cases)} cases")
+
+
+def test_a_full_disk_is_told_before_anything_is_trained(small, monkeypatch, capsys):
+    monkeypatch.setattr(train_gpt, "train_step", lambda *_: pytest.fail("trained"))
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=99))
+    with pytest.raises(SystemExit) as stop:
+        small("--save", "out")
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2 and not out
+    assert re.fullmatch(r"train_gpt.py: --save out: a model takes [\d,]+ bytes, more than are free there\n", error)
+
+
+def test_rows_stay_where_the_disk_fills_up(small, monkeypatch, capsys):
+    def full(state, path):
+        if "lora" in path:
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(sora, "save", full)
+    for flags in ("--save out", "--json /dev/full"):
+        with pytest.raises(SystemExit) as stop:
+            small(*flags.split(), "--methods", "full,lora")
+        out, error = capsys.readouterr()
+        assert stop.value.code == 2 and table_of(out).keys() == {"method", "(base)", "full"}
+        assert error == f"train_gpt.py: {flags}: [Errno 28] No space left on device\n"
+    assert os.listdir("out") == ["full.pt"]
+
+
+# ---- Processes that are killed: each a fork of one that has imported everything and trained nothing
+
+
+def alone(function, folder):
+    """What the function of this file prints that runs in a process of its own, in this folder. (An optimiser would
+    import _dynamo, for a second in each fork.)"""
+    command = f"""import torch, torch._dynamo, {Path(__file__).stem} as tests
+torch.set_num_threads(1)
+tests.{function.__name__}()"""
+    env = ALONE | {"PYTHONPATH": str(HERE)}
+    done = subprocess.run([sys.executable, "-c", command], cwd=folder, env=env, capture_output=True, check=False,
+                          text=True, timeout=120)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+def begin(act, printed):
+    """The id of a fork that does this and prints to that file."""
+    process = os.fork()
+    if process:
+        return process
+    file = os.open(printed, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    act()
+    sys.exit()
+
+
+def await_text(text, path, process):
+    """Wait until it is printed, or until the process has ended."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        if Path(path).exists() and text in Path(path).read_text(encoding="utf-8"):
+            return
+        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.001)
+    raise TimeoutError(f"{text!r} is not printed: {Path(path).read_text()}")
+
+
+def kill(process):
+    os.kill(process, signal.SIGKILL)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL, "it ended before it was killed"
+
+
+def killed_saves():
+    """A state of 1 MB, all of one number, is saved again and again, the number rising; 40 times that is ended."""
+    moments, last, left = random.Random(0), 0, 0
+    save({"x": torch.zeros(2**18)}, "state.pt")
+
+    def count_on():
+        for number in range(last + 1, 10**6):
+            save({"x": torch.full((2**18,), number)}, "state.pt")
+
+    for _ in range(40):
+        before = os.stat("state.pt").st_mtime_ns
+        process = begin(count_on, "printed")
+        while os.stat("state.pt").st_mtime_ns == before:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.01))
+        kill(process)
+        x = torch.load("state.pt", weights_only=True)["x"]
+        assert len(x) == 2**18 and (x == x[0]).all() and x[0] >= last
+        last = x[0].item()
+        left += Path("state.pt.tmp").exists()
+    assert last >= 40
+    print(f"40 cases: {last:.0f} saves, {left} ended halfway")
+
+
+def test_a_killed_save_leaves_the_old_file_or_the_new_one(tmp_path):
+    print(alone(killed_saves, tmp_path))
+
+
+def killed_runs():
+    """30 times train_gpt is ended, all runs saving to the same folder and writing to the same file."""
+    train_gpt.TIMED, train_gpt.WINDOWS, moments = 1, 8, random.Random(0)
+    short_text()
+    announced_rows = 0
+    for i in range(1, 31):
+        names = "full,sora" if i % 2 else "sora,full"
+        flags = ["--methods", names, *"--steps 1 --seeds 999 --save out --json rows --alpha".split(), str(i)]
+        sys.argv = ["train_gpt.py", *TINY, *SHORT, *flags]
+        process = begin(train_gpt.main, f"printed-{i}")
+        if i % 5:
+            await_text("seed 2  validation loss", f"printed-{i}", process)
+        time.sleep(moments.uniform(0, 0.1 if i % 5 else 0.3))
+        kill(process)
+
+        text = Path("rows").read_text() if Path("rows").exists() else ""
+        rows = [json.loads(line) for line in text.splitlines()]  # each whole
+        written = {(row["method"], row["seed"]) for row in rows if row["settings"]["alpha"] == i}
+        announced = re.findall(r"^(\w+) +seed (\d+)  validation loss .* saved as (\S+)\n",
+                               Path(f"printed-{i}").read_text(), re.MULTILINE)
+        assert text[-1:] in ("", "\n") and written >= {(name, int(seed)) for name, seed, _ in announced}
+        assert all(Path(path).exists() for _, _, path in announced)
+        announced_rows += len(announced)
+    files = sorted(Path("out").glob("*"))
+    for path in files:
+        if path.suffix == ".tmp":
+            continue
+        saved = torch.load(path, weights_only=True)
+        if path.name.startswith("full"):
+            GPT.from_pretrained(path)
+        else:
+            load_adapter(train_gpt.make_base(parsed()), saved)
+    assert announced_rows >= 60 and len(files) > 3
+    print(f"30 cases: {announced_rows} rows, {len(files)} files")
+
+
+def test_killed_runs_leave_whole_files_and_lines(tmp_path):
+    print(alone(killed_runs, tmp_path))
+
+
+def interrupted_runs():
+    """Ctrl-C once, and twice: the second time soon, as soon as the table is printed, or the run says that it ends."""
+    short_text()
+    moments = random.Random(0)
+    sys.argv = ["train_gpt.py", *TINY, *SHORT, *"--methods frozen,lora --steps 20 --seeds 99".split()]
+
+    def act():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & ignores it
+        runpy.run_path(str(HERE / "train_gpt.py"), run_name="__main__")
+
+    for i in range(12):
+        printed = f"printed-{i}"
+        process = begin(act, printed)
+        await_text("seed 0  validation loss", printed, process)
+        os.kill(process, signal.SIGINT)
+        if i % 4 == 1:
+            time.sleep(moments.uniform(0, 0.01))
+        if i % 4 == 2:
+            await_text("\nmethod ", printed, process)
+        if i % 4 == 3:
+            await_text("\ninterrupted", printed, process)
+        if i % 4:
+            os.kill(process, signal.SIGINT)
+        begun = time.monotonic()
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        text = Path(printed).read_text(encoding="utf-8")
+        assert code == 130 and "Traceback" not in text and "Exception" not in text, (i, code, text[-2000:])
+        assert time.monotonic() - begun < 5
+        if i % 4 == 0:
+            assert table_of(text).keys() == {"method", "(base)", "frozen"} and text.endswith("\ninterrupted\n")
+    print("12 cases")
+
+
+def test_ctrl_c_ends_with_the_table_and_twice_at_once(tmp_path):
+    print(alone(interrupted_runs, tmp_path))
+
+
+# ---- What can be repeated and checked
+
+
+def test_a_run_can_be_repeated_to_the_last_digit(small):
+    names = [name for name in train_gpt.METHODS if not name.startswith("peft-")]
+    runs = []
+    for i in (1, 2):
+        torch.rand(i)  # what was drawn before does not matter
+        small("--methods", ",".join([*names, "sora:even=0.01"]), *"--seeds 2 --curve 3 --json".split(), f"{i}.jsonl")
+        rows = rows_of(f"{i}.jsonl")
+        for row in rows:
+            del row["ms"], row["relative"], row["settings"]
+        runs.append(rows)
+    assert len(runs[0]) == 2 * (len(names) + 1) and runs[0] == runs[1]
+    assert all(len(row["curve"]) == 3 for row in runs[0])
+    assert len({row["loss"] for row in runs[0]}) == len(runs[0]), "rows that do not differ tell nothing"
+
+
+def test_rows_tell_of_what_they_were_made(small):
+    """The versions, and the digests of the files that are read: not of one that happens to be called scratch."""
+    Path("scratch").write_text("no base")
+    save(tiny_gpt(vocab_size=2048).checkpoint(), "base.pt")
+    for base, files in [("scratch", ["text.txt"]), ("base.pt", ["text.txt", "base.pt"])]:
+        small("--methods", "lora,sora", "--json", f"{base}.jsonl", "--init", base)
+        digests = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
+        settings = [row["settings"] for row in rows_of(f"{base}.jsonl")]
+        assert len(settings) == 2
+        for row in settings:
+            assert row["sha256"] == digests and row["torch"] == torch.__version__ and row["python"] == sys.version
+
+
+def test_the_shipped_base_needs_no_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    short_text()
+    for place, name in [(socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo"),
+                        (socket, "create_connection")]:
+        monkeypatch.setattr(place, name, lambda *_, **__: pytest.fail("the network is asked"))
+    flags = "--methods full,sora --steps 1 --batch-size 2 --block-size 32 --sample 2 --save out --json rows".split()
+    monkeypatch.setattr(train_gpt, "TIMED", 1)
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *SHORT, *flags])
+    train_gpt.main()
+    assert table_of(capsys.readouterr().out).keys() == {"method", "(base)", "full", "sora"}
+    with pytest.raises(pytest.fail.Exception, match="asked"):
+        http.client.HTTPSConnection("example.org").connect()
+
+
+@pytest.mark.parametrize("name", sora.GPT2)
+def test_gpt2_is_asked_for_over_https_and_in_one_revision(name, tmp_path, monkeypatch):
+    asked = []
+
+    def download(url, path, sha256):
+        asked.append((url, sha256))
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(OSError, match="cannot be downloaded"):
+        GPT.from_pretrained(name)
+    [(url, sha256)] = asked
+    assert re.fullmatch(rf"https://huggingface\.co/openai-community/{name}/resolve/[0-9a-f]{{40}}/model\.safetensors",
+                        url)
+    assert re.fullmatch("[0-9a-f]{64}", sha256)
 
 
 # ------------------------------------------------------------------------------------------------------------- the data

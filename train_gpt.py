@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -72,6 +73,8 @@ def main():
     base, vocabulary = load_base(args)
     data, windows = load_data(args, vocabulary)
     loss = evaluate(base, windows, args)
+    if not math.isfinite(loss):
+        fail(f"--init {args.init}: its validation loss is {loss}: choose another base, or --dtype float32")
     announce(args, base, data, windows, loss)
     show_sample("(base)", base, windows, vocabulary, args)
 
@@ -292,8 +295,8 @@ def blame(flag):
     """Turn an error into one line about this flag, and exit code 2."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, TypeError, AssertionError) as error:
-        fail(f"{flag}: {error}")
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, ImportError, AssertionError) as error:
+        fail(f"{flag}: {error!s:.500}")
 
 
 def number(text):
@@ -307,8 +310,8 @@ def number(text):
 
 
 def count(text):
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not text.isdecimal() or len(text) > 9 or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r:.50} is not a whole number above 0 and below 1,000,000,000")
     return int(text)
 
 
@@ -331,8 +334,8 @@ def methods(text):
         keys = list(SETTINGS) if method in sora.METHODS else ["lr"]
         for setting in settings:
             key, _, value = setting.partition("=")
-            if key not in keys:
-                raise argparse.ArgumentTypeError(f"unknown setting {setting!r} of {method}: choose from {', '.join(keys)}")
+            if key not in keys or key in row:
+                raise argparse.ArgumentTypeError(f"unknown setting {setting!r}: choose from {'=,'.join(keys)}=, once")
             row[key] = SETTINGS[key](value)
         rows.append(row)
     return rows
@@ -349,8 +352,10 @@ def rates(text):
     """{method: rate} of "1e-2,full=2e-3": the rate of a part without a name is for all methods."""
     for_all, by_method = {}, {}
     for part in text.split(","):
-        name, _, rate = part.rpartition("=")
-        if name:
+        name, equals, rate = part.rpartition("=")
+        if name in by_method or (for_all and not equals):
+            raise argparse.ArgumentTypeError(f"{part!r} gives a rate again: say each once, with a point for decimals")
+        if equals:
             known_method(name)
             by_method[name] = number(rate)
         else:
@@ -404,7 +409,7 @@ def arguments():
 
     told = p.parse_known_args()[0]
     equal = told.r + round((1 + 2 * told.r_p) * 9 / 16)  # LoRA of SORA's size: 9/16 of all in + out of a GPT are out
-    p.set_defaults(methods=f"full,lora,lora:r={equal},dora,prediag,sora")
+    p.set_defaults(methods=f"full,lora,lora:r={equal},dora,prediag,sora", sha256={})  # of the files, once read
     if told.init in sora.GPT2:
         gpu = torch.accelerator.is_available()
         p.set_defaults(block_size=1024, batch_size=16 if gpu else 1, steps=200, lr="2e-4,full=3e-5",
@@ -412,7 +417,7 @@ def arguments():
     args = p.parse_args()
     args.lr = rates(p.get_default("lr")) | args.lr
     with blame(f"--device {args.device}"):
-        args.device = torch.zeros(1, device=args.device).device
+        args.device = torch.zeros(1, device=args.device).nonzero().device  # nonzero, for "meta" cannot compute
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device.type == "cuda" else "float32"
     with blame(f"--save {args.save}, --json {args.json}"):  # now, for it is too late when the work is done
@@ -420,11 +425,12 @@ def arguments():
             os.makedirs(args.save, exist_ok=True)
             tempfile.TemporaryFile(dir=args.save).close()
         open(args.json or os.devnull, "a").close()
-    args.sha256 = {path: sha256(path) for path in (args.data, args.init) if os.path.isfile(path)}
     return args
 
 
 def sha256(path):
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe may never come, a device never end
+        raise OSError("Is a directory, a pipe or a device: give the path of a file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -463,6 +469,8 @@ def make_base(args):
         return sora.GPT(sora.GPTConfig(1024, 50257, *sora.GPT2[args.init][:3]))
     if args.init == "scratch":
         return sora.GPT(sora.GPTConfig(args.block_size, 2048, args.n_layer, args.n_head, args.n_embd))
+    if args.init not in sora.GPT2:
+        args.sha256[args.init] = sha256(args.init)
     return sora.GPT.from_pretrained(args.init)
 
 
@@ -482,6 +490,7 @@ def load_data(args, vocabulary):
     """The tokens to train on, and windows (N, T + 1) to validate on, in whole batches where there are so many."""
     least = 10 * (args.block_size + 1)
     with blame(f"--data {args.data}"):
+        args.sha256[args.data] = sha256(args.data)
         with open(args.data, encoding="utf-8") as file:
             ids = vocabulary.encode_to_numpy(file.read(), disallowed_special=())
         if len(ids) < least:
@@ -506,10 +515,9 @@ def save(model, seed, run):
     if run.seeds > 1:
         name += f"-{seed}"
     path = os.path.join(run.save, f"{name}.pt")
-    if run.method in sora.METHODS:
-        sora.save(sora.adapter_state_dict(model), path)
-    else:
-        sora.save(model.checkpoint(), path)
+    state = sora.adapter_state_dict(model) if run.method in sora.METHODS else model.checkpoint()
+    with blame(f"--save {run.save}"):
+        sora.save(state, path)
     return f", saved as {path}"
 
 
@@ -519,7 +527,7 @@ def write_row(row, run):
         row = row | {"settings": vars(run) | {"torch": torch.__version__, "python": sys.version}}
         line = json.dumps(row, default=str)
         line = json.dumps(json.loads(line, parse_constant=nothing))
-        with open(run.json, "a") as file:
+        with blame(f"--json {run.json}"), open(run.json, "a") as file:
             file.write(line + "\n")
 
 
@@ -755,6 +763,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C from here on would print a traceback
         say("\ninterrupted")
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
