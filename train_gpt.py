@@ -157,7 +157,7 @@ def train_step(model, forward, optimizer, batch, rate, run):
 
 
 def unevenness(model):
-    """Of the singular values σ of each B A: r Σσ⁴ / (Σσ²)² − 1, 0 where all are equal, r − 1 for one alone. The mean."""
+    """The layers' mean of r Σσ⁴ / (Σσ²)² − 1, σ the singular values of B A: 0 where all are equal, r − 1 for one alone."""
     found = []
     for layer in model.modules():
         if isinstance(layer, sora.DiagonalPlusLowRank):
@@ -384,7 +384,8 @@ def arguments():
     flag("--data", default=os.path.relpath(f"{HERE}/data/shakespeare.txt"), help="text; its last tenth validates")
     flag("--tuning", action="store_true", help="validate on the tenth before that, on which no method trains either")
     flag("--methods", type=methods, help=f"rows of the table, of {','.join(METHODS)}: full trains all, frozen the "
-         f"positional embedding alone, for × frozen; with settings of their own ({', '.join(SETTINGS)}) as in lora:r=21")
+         f"positional embedding alone, for × frozen; with own settings ({', '.join(SETTINGS)}) as in lora:r=21; "
+         "even=0.1 adds 0.1 times the unevenness of B A's singular values to the loss")
     flag("--targets", nargs="+", metavar="NAME", help="layers to adapt, by the ends of their names: c_attn mlp.c_proj")
     flag("--r", type=count, default=16, help="rank of the low-rank pair")
     flag("--alpha", type=number, default=32.0, help="the pair is scaled by alpha / r")
@@ -428,7 +429,7 @@ def arguments():
     return args
 
 
-def sha256(path):
+def digest(path):
     if os.path.exists(path) and not os.path.isfile(path):  # a pipe may never come, a device never end
         raise OSError("Is a directory, a pipe or a device: give the path of a file")
     with open(path, "rb") as file:
@@ -470,7 +471,7 @@ def make_base(args):
     if args.init == "scratch":
         return sora.GPT(sora.GPTConfig(args.block_size, 2048, args.n_layer, args.n_head, args.n_embd))
     if args.init not in sora.GPT2:
-        args.sha256[args.init] = sha256(args.init)
+        args.sha256[args.init] = digest(args.init)
     return sora.GPT.from_pretrained(args.init)
 
 
@@ -490,7 +491,7 @@ def load_data(args, vocabulary):
     """The tokens to train on, and windows (N, T + 1) to validate on, in whole batches where there are so many."""
     least = 10 * (args.block_size + 1)
     with blame(f"--data {args.data}"):
-        args.sha256[args.data] = sha256(args.data)
+        args.sha256[args.data] = digest(args.data)
         with open(args.data, encoding="utf-8") as file:
             ids = vocabulary.encode_to_numpy(file.read(), disallowed_special=())
         if len(ids) < least:
@@ -664,7 +665,7 @@ def print_correlations(results):
         adapted += [row for row in rows if "entropy1" in row and row["method"] != "full"]
     if len({row["method"] for row in adapted}) < 3:
         return
-    say(f"\nrank correlation with val loss over {len(adapted)} runs of adapters, all less their mean over the same seed")
+    say(f"\nrank correlation with val loss over {len(adapted)} runs of adapters, less their mean over the same seed")
     for title, key in [("‖dW‖", "change"), ("H(σ²)", "entropy2"), ("H(σ)", "entropy1")]:
         pair = torch.stack([less_its_mean(adapted, key), less_its_mean(adapted, "loss")])
         ranks = pair.argsort().argsort().double()
@@ -769,4 +770,4 @@ if __name__ == "__main__":
     except (RuntimeError, MemoryError) as error:
         if "memory" not in f"{error!r}".lower():
             raise
-        fail(f"out of memory: lower --batch-size or --block-size, or ask for fewer --methods at a time ({error!s:.100})")
+        fail(f"out of memory: lower --batch-size or --block-size, or ask for fewer --methods at once ({error!s:.100})")
