@@ -157,7 +157,8 @@ def train_step(model, forward, optimizer, batch, rate, run):
 
 
 def unevenness(model):
-    """The layers' mean of r Σσ⁴ / (Σσ²)² − 1, σ the singular values of B A: 0 where all are equal, r − 1 for one alone."""
+    """Mean over the layers of r Σσ⁴ / (Σσ²)² − 1, with the singular values σ of B A: 0 where all are equal, r − 1 where
+    one is all there is."""
     found = []
     for layer in model.modules():
         if isinstance(layer, sora.DiagonalPlusLowRank):
