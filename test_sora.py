@@ -764,32 +764,54 @@ def test_train_save_load_merge_reload(method, tmp_path):
     torch.testing.assert_close(GPT.from_pretrained(tmp_path / "gpt2.pt")(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def joined_gradients(rank, method, path):
-    """What one of two processes does: half of the batch, under DistributedDataParallel."""
-    sora.MANY = 1 if method in ("lora", "sora") else 10**9  # some methods in one form, some in the other
+PARALLEL = [("lora", 1), ("dora", 10**9), ("prediag", 10**9), ("sora", 1)]  # some in one form, some in the other
+
+
+def joined_gradients(rank, path):
+    """What one of two processes does: half of the batch, under DistributedDataParallel, and with every parameter cut in
+    two by FSDP2."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
-    model = trained(adapt(tiny_gpt(), method, r=2, r_p=2), scale=0.1)
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
     batch = tokens(4, 9)[2 * rank:2 * rank + 2]
-    parallel = nn.parallel.DistributedDataParallel(model)
-    parallel(batch[:, :-1], batch[:, 1:]).backward()
-    if rank == 0:
-        torch.save({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, f"{path}/gradients")
+    for method, many in PARALLEL:
+        sora.MANY = many
+        model = trained(adapt(tiny_gpt(), method, r=2, r_p=2), scale=0.1)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel(batch[:, :-1], batch[:, 1:]).backward()
+        joined = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+        model = trained(adapt(tiny_gpt(), method, r=2, r_p=2), scale=0.1)
+        for block in model.transformer.h:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model(batch[:, :-1], batch[:, 1:]).backward()
+        sharded = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+        if rank == 0:
+            torch.save((joined, sharded, adapter_state_dict(model)), f"{path}/{method}")
     Path(path, f"done-{rank}").touch()
     while not Path(path, f"done-{1 - rank}").exists():  # or the one that is done first would hang up on the other
         time.sleep(0.01)
     os._exit(0)  # gloo's own way out sometimes aborts, with everything done
 
 
-@ALL
-def test_distributed_data_parallel(method, tmp_path):
-    torch.multiprocessing.spawn(joined_gradients, (method, str(tmp_path)), nprocs=2)
-    model, batch = trained(adapt(tiny_gpt(), method, r=2, r_p=2), scale=0.1), tokens(4, 9)
-    model(batch[:, :-1], batch[:, 1:]).backward()
-    gradients = torch.load(tmp_path / "gradients")
-    assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6)
+@pytest.mark.filterwarnings("ignore")
+def test_distributed_data_parallel_and_fully_sharded(tmp_path):
+    """What is sharded is saved with each module.unshard() before."""
+    torch.multiprocessing.spawn(joined_gradients, (str(tmp_path),), nprocs=2)
+    for method, _ in PARALLEL:
+        model, batch = trained(adapt(tiny_gpt(), method, r=2, r_p=2), scale=0.1), tokens(4, 9)
+        model(batch[:, :-1], batch[:, 1:]).backward()
+        joined, sharded, state = torch.load(tmp_path / method)
+        for gradients in (joined, sharded):
+            assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6)
+        assert str(state) == str(adapter_state_dict(model))
 
 
 # ----------------------------------------------------------------------------------------------- models of transformers
@@ -1197,49 +1219,6 @@ def test_pickled_copied_and_averaged(method):
         torch.testing.assert_close(average.module.get_parameter(name), mean)
     y = average(x)
     torch.testing.assert_close(merge(average.module)(x), y, rtol=1e-4, atol=1e-4)
-
-
-SHARDED = [("lora", 1), ("dora", 10**9), ("prediag", 1), ("sora", 10**9)]
-
-
-def sharded_gradients(rank, path):
-    """What one of two processes does: half of the batch, every parameter cut in two by FSDP2."""
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/meet", rank=rank, world_size=2)
-    mesh = torch.distributed.init_device_mesh("cpu", (2,))
-    for method, many in SHARDED:
-        sora.MANY = many
-        model = trained(adapt(tiny_gpt(), method, r=2, r_p=2), scale=0.1)
-        for block in model.transformer.h:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        batch = tokens(4, 9)[2 * rank:2 * rank + 2]
-        model(batch[:, :-1], batch[:, 1:]).backward()
-        found = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.unshard()
-        if rank == 0:
-            torch.save((found, adapter_state_dict(model)), f"{path}/{method}-{many}")
-    Path(path, f"done-{rank}").touch()
-    while not Path(path, f"done-{1 - rank}").exists():
-        time.sleep(0.01)
-    os._exit(0)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_fully_sharded(tmp_path):
-    """Training goes on as it is; what is saved and merged, with each module.unshard() before."""
-    torch.multiprocessing.spawn(sharded_gradients, (str(tmp_path),), nprocs=2)
-    for method, many in SHARDED:
-        model, batch = trained(adapt(tiny_gpt(), method, r=2, r_p=2), scale=0.1), tokens(4, 9)
-        model(batch[:, :-1], batch[:, 1:]).backward()
-        gradients, state = torch.load(tmp_path / f"{method}-{many}")
-        assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6)
-        assert str(state) == str(adapter_state_dict(model))
 
 
 def with_update_of(ratio, method, dtype):
