@@ -1037,7 +1037,7 @@ def test_compiles_without_a_graph_break(method, many, monkeypatch):
     torch.compile(model, fullgraph=True, backend="aot_eager")(batch[:, :-1], batch[:, 1:]).backward()
     for name, gradient in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6)
-    if method == "sora":  # it does what the others do, and more
+    if method == "sora" and many == 1:  # it does what the others do, and more
         with torch.autocast("cpu", torch.bfloat16):
             torch.compile(model, fullgraph=True, backend="aot_eager")(batch[:, :-1], batch[:, 1:]).backward()
 
@@ -1887,7 +1887,7 @@ def test_train_gpt_from_end_to_end(tmp_path):
     made = run("--methods", "full", "--save", "base", "--lr", "1e-2", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     names = ["full", *METHODS, "frozen"]
-    flags = "--init base/full.pt --steps 30 --seeds 2 --sample 5 --save out --json out/all.json --lr 1e-2,full=2e-3"
+    flags = "--init base/full.pt --steps 20 --seeds 2 --sample 5 --save out --json out/all.json --lr 1e-2,full=2e-3"
     done = run(*flags.split(), "--methods", ",".join(names), cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stderr
     rows = rows_of(tmp_path / "out/all.json")
@@ -1985,14 +1985,15 @@ def test_train_gpt_with_gpt2_offline(tmp_path):
     assert "vocab_size=50257" in done.stdout and "first 2,048 tokens" in done.stdout and "\nsora " in done.stdout
 
 
-def test_train_gpt_compares_with_peft(tmp_path):
+def test_train_gpt_compares_with_peft(tmp_path, monkeypatch):
     if not train_gpt.find_spec("peft"):
         done = run("--methods", "peft-lora")
         assert done.returncode == 2 and "needs the package peft: pip install peft" in done.stderr
         return
     names = ["lora", "dora", "peft-lora", "peft-dora"]
-    done = run("--methods", ",".join(names), "--json", tmp_path / "all.json")
-    assert done.returncode == 0, done.stderr
+    flags = "--methods", ",".join(names), "--json", str(tmp_path / "all.json")
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *flags])
+    train_gpt.main()
     rows = {row["method"]: row for row in rows_of(tmp_path / "all.json")}
     for mine, theirs in zip(names[:2], names[2:]):
         assert rows[mine]["trainable"] == rows[theirs]["trainable"]
@@ -2303,19 +2304,6 @@ def test_each_row_is_appended_as_a_line_of_json(tmp_path, monkeypatch):
         assert settings.keys() >= vars(train_gpt.arguments()).keys() - {"methods"}
 
 
-def test_a_killed_run_leaves_whole_lines(tmp_path):
-    flags = "--methods frozen,lora --steps 500 --json".split()
-    command = [sys.executable, HERE / "train_gpt.py", *TINY, *flags, tmp_path / "all.json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", env=ALONE) as process:
-        for line in process.stdout:
-            if line.startswith("frozen") and "validation loss" in line:
-                process.kill()
-                break
-    assert process.returncode == -signal.SIGKILL and (tmp_path / "all.json").read_text().endswith("}\n")
-    written = [row["method"] for row in rows_of(tmp_path / "all.json")]
-    assert written and written == ["frozen", "lora"][:len(written)]
-
-
 def test_the_table_of_a_large_model_fits_and_is_explained(capsys):
     row = {"loss": 2.7, "trainable": 1_557_611_200, "ms": 1234.5, "relative": 1.23, "memory": 123456.0, "change": 0.123,
            "entropy2": 0.456, "entropy1": 0.789, "spectrum": [-0.5 * i for i in range(train_gpt.POINTS)]}
@@ -2350,23 +2338,6 @@ def test_the_second_gpu_is_asked_where_it_is_meant(monkeypatch, capsys):
     row, _ = train_gpt.fine_tune(base, next(train_gpt.runs(args)), 0, tokens(99), tokens(4, 9))
     assert row["memory"] == 3 and asked.keys() == {"get_device_name", "reset_peak_memory_stats", "max_memory_allocated"}
     assert {*asked.values()} == {args.device}
-
-
-def test_train_gpt_interrupted_prints_what_has_finished():
-    command = [sys.executable, HERE / "train_gpt.py", *"--methods frozen,lora --steps 50 --block-size 16".split()]
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts with & ignores it, and so here
-    options = {"text": True, "encoding": "utf-8", "env": ALONE, "preexec_fn": heed}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, **options) as process:
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if line.startswith("frozen") and "validation loss" in line:
-                process.send_signal(signal.SIGINT)
-                break
-        lines += process.stdout.readlines()
-    text = "".join(lines)
-    assert process.returncode == 130 and "interrupted" in text and "\nfrozen " in text.split("\nmethod ")[1]
-    assert "\nlora" not in text.split("\nmethod ")[1]
 
 
 def test_every_flag_has_help_and_a_default():
@@ -2697,10 +2668,6 @@ def killed_saves():
     print(f"40 cases: {last:.0f} saves, {left} ended halfway")
 
 
-def test_a_killed_save_leaves_the_old_file_or_the_new_one(tmp_path):
-    print(alone(killed_saves, tmp_path))
-
-
 def killed_runs():
     """30 times train_gpt is ended, all runs saving to the same folder and writing to the same file."""
     train_gpt.TIMED, train_gpt.WINDOWS, moments = 1, 8, random.Random(0)
@@ -2737,12 +2704,8 @@ def killed_runs():
     print(f"30 cases: {announced_rows} rows, {len(files)} files")
 
 
-def test_killed_runs_leave_whole_files_and_lines(tmp_path):
-    print(alone(killed_runs, tmp_path))
-
-
 def interrupted_runs():
-    """Ctrl-C once, and twice: the second time soon, as soon as the table is printed, or the run says that it ends."""
+    """Ctrl-C once, and twice at once."""
     short_text()
     moments = random.Random(0)
     sys.argv = ["train_gpt.py", *TINY, *SHORT, *"--methods frozen,lora --steps 20 --seeds 99".split()]
@@ -2751,31 +2714,44 @@ def interrupted_runs():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & ignores it
         runpy.run_path(str(HERE / "train_gpt.py"), run_name="__main__")
 
-    for i in range(12):
+    for i in range(4):
         printed = f"printed-{i}"
         process = begin(act, printed)
         await_text("seed 0  validation loss", printed, process)
-        os.kill(process, signal.SIGINT)
-        if i % 4 == 1:
-            time.sleep(moments.uniform(0, 0.01))
-        if i % 4 == 2:
-            await_text("\nmethod ", printed, process)
-        if i % 4 == 3:
-            await_text("\ninterrupted", printed, process)
-        if i % 4:
+        for _ in range(9):  # one that comes while a destructor runs is lost, to Python
             os.kill(process, signal.SIGINT)
-        begun = time.monotonic()
+            if i % 2:
+                time.sleep(moments.uniform(0, 0.01))
+                os.kill(process, signal.SIGINT)
+            if ended_within(5, process):
+                break
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         text = Path(printed).read_text(encoding="utf-8")
         assert code == 130 and "Traceback" not in text and "Exception" not in text, (i, code, text[-2000:])
-        assert time.monotonic() - begun < 5
-        if i % 4 == 0:
+        if i % 2 == 0:
             assert table_of(text).keys() == {"method", "(base)", "frozen"} and text.endswith("\ninterrupted\n")
-    print("12 cases")
+    print("4 cases")
 
 
-def test_ctrl_c_ends_with_the_table_and_twice_at_once(tmp_path):
-    print(alone(interrupted_runs, tmp_path))
+def ended_within(seconds, process):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def each_in_its_folder():
+    for act in (killed_saves, killed_runs, interrupted_runs):
+        os.mkdir(act.__name__)
+        os.chdir(act.__name__)
+        act()
+        os.chdir("..")
+
+
+def test_whatever_is_killed_leaves_whole_files_and_ctrl_c_the_table(tmp_path):
+    print(alone(each_in_its_folder, tmp_path))
 
 
 # ---- What can be repeated and checked
@@ -2856,7 +2832,7 @@ def test_data_is_what_its_readme_says():
 def test_shipped_base():
     vocabulary = train_gpt.load_vocabulary(2048)
     text = torch.tensor(vocabulary.encode_ordinary((HERE / "data/austen.txt").read_text(encoding="utf-8")))
-    windows = text[len(text) * 95 // 100:].unfold(0, 129, 128)  # (507, 129)
+    windows = text[len(text) * 95 // 100:].unfold(0, 129, 128)[:234]  # (234, 129)
     base = GPT.from_pretrained(HERE / "data/base.pt")
     with torch.no_grad():
         losses = [base(w[:, :-1], w[:, 1:]).item() for w in windows.split(39)]
@@ -2871,7 +2847,9 @@ def readme(i):
 
 def test_the_rows_are_read_as_readme_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run("--methods", "lora,sora", "--save", "out", "--json", "out/rows.jsonl").returncode == 0
+    flags = "--methods lora,sora --save out --json out/rows.jsonl".split()
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *flags])
+    train_gpt.main()
     names = {}
     exec(readme(0), names)
     assert [row["method"] for row in names["rows"]] == ["lora", "sora"]
