@@ -524,10 +524,12 @@ def test_rotation_is_orthogonal(size, apart, n_out, r_p):
     assert not size or (R - I).norm() > (1e-4 if apart == 1e-3 else 1e-1)
 
 
-def test_small_C_and_E_are_not_scaled():
-    C, E = 0.1 * torch.randn(2, 5, 2, dtype=torch.float64, generator=rng())
-    S, I = E @ C.T - C @ E.T, torch.eye(5, dtype=torch.float64)
-    assert C.norm() + E.norm() < 1
+@pytest.mark.parametrize("size", [0.5, 0.999, 1.001, 1.5, 3])
+def test_small_C_and_E_are_not_scaled(size):
+    """t = 1 up to ‖C‖ + ‖E‖ = 1."""
+    C, E = torch.randn(2, 5, 2, dtype=torch.float64, generator=rng())
+    C, E = size * C / (C.norm() + E.norm()), size * E / (C.norm() + E.norm())
+    S, I = (E @ C.T - C @ E.T) / max(1, size + 1e-6), torch.eye(5, dtype=torch.float64)
     for exact, R in [(True, torch.linalg.solve(I - S / 2, I + S / 2)), (False, I + S)]:
         K, P = rotation(C, E, exact)
         torch.testing.assert_close(I + K @ P.T, R, rtol=1e-12, atol=1e-12)
