@@ -2189,7 +2189,9 @@ def test_rank_correlations(capsys):
 def test_markdown(capsys):
     results = results_of(lora=[2, 4, 6], sora=[1, 2, 6]) | {"frozen": [{"loss": 4.0}], "dora": []}
     train_gpt.print_markdown(results)
-    table, *charts = capsys.readouterr().out.strip().split("\n\n")
+    table, *parts = capsys.readouterr().out.strip().split("\n\n")
+    charts, legends = [part for part in parts if "```" in part], [part for part in parts if "```" not in part]
+    assert len(legends) == 4 and all(legend.endswith(": lora blue, sora orange") for legend in legends)
     rows = [line.strip("|").split("|") for line in table.splitlines()]
     assert [row[0].strip() for row in rows] == ["method", "---", "(base)", "lora", "sora", "frozen"]
     assert len({len(row) for row in rows}) == 1 and rows[3][2].strip() == "4.000 ± 2.000"
@@ -2198,7 +2200,7 @@ def test_markdown(capsys):
         first, init, kind, title, x, *marks, last = chart.splitlines()
         assert (first, kind, last) == ("```mermaid", "xychart-beta", "```") and json.loads(init[9:-3])["themeVariables"]
         assert len(json.loads(x.removeprefix("    x-axis "))) == n
-        assert "lora blue, sora orange" in title or "val loss" in title
+        assert title.startswith('    title "') and title.endswith('"')
         for mark in marks:
             assert re.fullmatch(r" +(bar|line) \[.*\]", mark) and mark.count(",") < n
     assert charts[0].splitlines()[5:8] == ["    bar [4, 3]", "    line [2, 1]", "    line [6, 6]"]

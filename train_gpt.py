@@ -739,10 +739,11 @@ def means(lists):
 
 
 def chart_of_lines(title, x, lines):
-    """A line for each name. Such charts have no legend: the title names the colours."""
+    """A line for each name. Such charts have no legend: the text above names the colours."""
     legend = ", ".join(f"{name} {colour}" for name, colour in zip(lines, COLOURS))
+    say(f"\n{title}: {legend}")
     marks = [("line", values) for values in lines.values()]
-    chart(f"{title}: {legend}", x, marks)
+    chart(title, x, marks)
 
 
 def chart(title, x, marks):
