@@ -2867,6 +2867,22 @@ def test_the_code_in_readme_runs(tmp_path, monkeypatch):
     assert type(model["q_proj"]) is type(fresh["k_proj"]) is nn.Linear and type(fresh["v_proj"]) is SORALinear
 
 
+def test_readme_adds_a_method_as_train_gpt_does(monkeypatch):
+    code = readme(3)
+    assert code.split("\n\n\n")[0] in (HERE / "train_gpt.py").read_text(encoding="utf-8")
+    monkeypatch.setattr(sora, "METHODS", dict(METHODS))
+    exec(code, {"sora": sora})
+    layer = trained(adapt(nn.Sequential(linear()), "postdiag", r=2)[0])
+    torch.testing.assert_close(layer.merged_weight(), layer.d[:, None] * (layer.weight + layer.s * layer.B @ layer.A))
+
+
+def test_readme_tells_when_to_choose_which(capsys):
+    code = readme(4).replace('("W0 + BA", "diag(d) W0", "R W0", "R diag(d) W0")', '("R diag(d) W0",)')
+    exec(code.replace("range(5)", "range(2)").replace("max_iter=300", "max_iter=60"), {})
+    misfits = {line.split()[-4]: float(line.split()[-3]) for line in capsys.readouterr().out.splitlines()}
+    assert misfits["sora"] < 0.05 < misfits["dora"] < 0.2 and misfits["lora"] > 0.6
+
+
 @pytest.mark.parametrize("make", [lambda: llama(16), gpt2])
 def test_readme_fine_tunes_a_model_of_transformers(make, tmp_path, monkeypatch):
     base, batch = make(), tokens(4, 8)

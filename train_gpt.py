@@ -1,6 +1,6 @@
 """Fine-tune a GPT with each method in turn and print loss, speed and the spectrum of the update side by side.
 
-    python train_gpt.py                                    the shipped base on Shakespeare, 2 minutes on two cores
+    python train_gpt.py                                    the shipped base on Shakespeare, 3 minutes on two cores
     python train_gpt.py --methods lora,sora --seeds 3      means and differences to LoRA, with their errors
     python train_gpt.py --methods lora:r=21,sora:lr=5e-3   settings of a row's own
     python train_gpt.py --init gpt2                        OpenAI's weights, downloaded once; meant for a GPU
