@@ -2349,6 +2349,7 @@ def test_every_flag_has_help_and_a_default():
     flags = re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE)
     assert {"--init", "--lr", "--json", "--r-p", "--compile"} <= set(flags) and len(flags) == 26
     assert " ".join(done.stdout.split()).count("(default: ") == len(flags)
+    assert "full,lora,lora:r=7,dora" in "".join(done.stdout.split())
 
 
 # ------------------------------------------------------------------------------------------ machines and users that err

@@ -111,7 +111,7 @@ def fine_tune(base, run, seed, data, windows):
     row = {"method": run.name, "seed": seed, "trainable": trainable, "start": start, "curve": []}
 
     losses = []  # they stay on the device, so that nothing waits for it
-    every = max(1, run.steps // max(1, run.curve))
+    every = math.ceil(run.steps / max(1, run.curve))
     for step, batch in enumerate(batches(data, seed, run), 1):
         losses.append(train_step(model, forward, optimizer, batch, learning_rate(step, run), run))
         if step % max(1, run.steps // UPDATES) == 0:
@@ -158,11 +158,11 @@ def train_step(model, forward, optimizer, batch, rate, run):
 
 def unevenness(model):
     """Mean over the layers of r Σσ⁴ / (Σσ²)² − 1, with the singular values σ of B A: 0 where all are equal, r − 1 where
-    one is all there is."""
+    one is all there is, and -1, with no gradient, where B = 0."""
     found = []
     for layer in model.modules():
         if isinstance(layer, sora.DiagonalPlusLowRank):
-            G = (layer.A @ layer.A.T) @ (layer.B.T @ layer.B)  # (r, r): its eigenvalues are σ²
+            G = (layer.A @ layer.A.T) @ (layer.B.T @ layer.B)  # (r, r): its eigenvalues are σ², those of G G are σ⁴
             energy = G.trace() ** 2 + 1e-12  # (Σσ²)², and not 0 where B is
             found.append(layer.r * (G * G.T).sum() / energy - 1)
     return torch.stack(found).mean()
@@ -181,7 +181,7 @@ def set_up(base, run, seed):
     model = prepare(base, run)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1]
-    vectors = [p for p in trained if p.ndim == 1]  # d and m, biases, ...: A, B, C, E may be drawn to 0, these not
+    vectors = [p for p in trained if p.ndim == 1]  # d and m, biases, ...: weight decay may draw A, B, C, E to 0
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
@@ -409,8 +409,8 @@ def arguments():
     flag("--curve", type=count, metavar="N", default=0, help="points in training at which to record the spectrum")
     flag("--markdown", action="store_true", help="print the table once more, and charts, as a code host renders them")
 
-    told = p.parse_known_args()[0]
-    equal = told.r + round((1 + 2 * told.r_p) * 9 / 16)  # LoRA of SORA's size: 9/16 of all in + out of a GPT are out
+    told = p.parse_known_args([flag for flag in sys.argv[1:] if flag not in ("-h", "--help")])[0]
+    equal = told.r + round((1 + 2 * told.r_p) * 9 / 16)  # LoRA of SORA's size, as 9/16 of the in + out of a GPT are out
     p.set_defaults(methods=f"full,lora,lora:r={equal},dora,prediag,sora", sha256={})  # of the files, once read
     if told.init in sora.GPT2:
         gpu = torch.accelerator.is_available()
@@ -663,7 +663,7 @@ def print_correlations(results):
     """Do the numbers of an update go with its loss? Over the adapters, each seed for itself."""
     adapted = []
     for rows in results.values():
-        adapted += [row for row in rows if "entropy1" in row and row["method"] != "full"]
+        adapted += [row for row in rows if "entropy1" in row and not row["method"].startswith("full")]
     if len({row["method"] for row in adapted}) < 3:
         return
     say(f"\nrank correlation with val loss over {len(adapted)} runs of adapters, less their mean over the same seed")
