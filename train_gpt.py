@@ -354,7 +354,8 @@ def rates(text):
     for_all, by_method = {}, {}
     for part in text.split(","):
         name, equals, rate = part.rpartition("=")
-        if name in by_method or (for_all and not equals):
+        again = name in by_method or (for_all and not equals)
+        if again:
             raise argparse.ArgumentTypeError(f"{part!r} gives a rate again: say each once, with a point for decimals")
         if equals:
             known_method(name)
@@ -517,7 +518,10 @@ def save(model, seed, run):
     if run.seeds > 1:
         name += f"-{seed}"
     path = os.path.join(run.save, f"{name}.pt")
-    state = sora.adapter_state_dict(model) if run.method in sora.METHODS else model.checkpoint()
+    if run.method in sora.METHODS:
+        state = sora.adapter_state_dict(model)
+    else:
+        state = model.checkpoint()
     with blame(f"--save {run.save}"):
         sora.save(state, path)
     return f", saved as {path}"
