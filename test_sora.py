@@ -2183,6 +2183,7 @@ def test_rank_correlations(capsys):
     assert printed[2].split() == ["‖dW‖", "+1.00"]
     assert printed[4].split() == ["H(σ)", f"{(a @ b / (a @ a)).item():+.2f}"]
     train_gpt.print_correlations(results_of(lora=[1, 2], sora=[2, 3]))
+    train_gpt.print_correlations(results_of(lora=[1], sora=[2], dora=[3]))
     assert not capsys.readouterr().out
 
 

@@ -668,7 +668,7 @@ def print_correlations(results):
     adapted = []
     for rows in results.values():
         adapted += [row for row in rows if "entropy1" in row and not row["method"].startswith("full")]
-    if len({row["method"] for row in adapted}) < 3:
+    if len({row["method"] for row in adapted}) < 3 or len({row["seed"] for row in adapted}) < 2:
         return
     say(f"\nrank correlation with val loss over {len(adapted)} runs of adapters, less their mean over the same seed")
     for title, key in [("‖dW‖", "change"), ("H(σ²)", "entropy2"), ("H(σ)", "entropy1")]:
