@@ -18,8 +18,7 @@ entropy of its singular values (`svd_entropy`). Full fine-tuning changes a weigh
 directions only; DoRA's entropy is higher than LoRA's, as (diag(g) − I) W0 is not of low rank, and this, the paper
 holds, is why DoRA does better. Why before? Placed after, a diagonal rescales BA too, and DoRA's depends on BA by
 the norm; placed before, d calibrates W0 and leaves BA alone. Why rotate? A diagonal only stretches each output
-feature, a rotation mixes them; and it may stand after, for it turns the columns of the sum but keeps their lengths and
-angles.
+feature, a rotation mixes them; and it may stand after, as it keeps the lengths of the sum's columns and their angles.
 
 The file rests on one identity. Each of the four is a diagonal times W0 plus a product of low rank k, and we call
 g (out,), U (out, k) and V (k, in) its factors:
@@ -131,7 +130,7 @@ class DiagonalPlusLowRank(nn.Module):
         """y = g ⊙ (W0 x) + U (V x) + b, in the last six lines. With many tokens, as in most training, `OneProduct`
         computes the same y in less time. Skip that and the helpers for now: the next section explains them."""
         x = as_autocast_would(input)  # (..., in)
-        with full_precision(self):
+        with full_precision(self.weight):
             g, U, V = self.factors()
         if one_product_pays(self, x):
             return OneProduct.apply(x, self.weight, self.bias, g, U, V)
@@ -146,7 +145,7 @@ class DiagonalPlusLowRank(nn.Module):
     @torch.no_grad()
     def delta(self) -> torch.Tensor:
         """W' − W0 (out, in) in the adapter's dtype, put together without forming W' and its rounding."""
-        with full_precision(self):
+        with full_precision(self.weight):
             g, U, V = self.factors()
             if g is None:
                 return U @ V
@@ -326,16 +325,21 @@ def product(X, W):
     return (X.to(W.dtype) @ W).to(X.dtype)
 
 
+def device_of(x):
+    """As autocast asks for it: it has none for meta."""
+    return "cpu" if x.is_meta else x.device.type
+
+
 def as_autocast_would(x):
     """x, cast once where under autocast each product would cast it anew. (Autocast leaves float64 alone.)"""
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
+    if torch.is_autocast_enabled(device_of(x)) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device_of(x)))
     return x
 
 
-def full_precision(layer):
-    """Computing in the adapter's dtype, also under autocast: the norms and the rotation need the digits."""
-    return torch.autocast("cpu" if layer.weight.is_meta else layer.weight.device.type, enabled=False)  # meta has none
+def full_precision(x):
+    """Computing in the tensors' own dtypes, also under autocast: the norms and the rotation need the digits."""
+    return torch.autocast(device_of(x), enabled=False)
 
 
 def sparing_the_adapter(layer, fn):
@@ -358,9 +362,9 @@ def one_product_pays(layer, x):
     W0 in every entry. Where autocast rounds a float32 W', some entries go the other way, and the mean survives.)"""
     many = x.numel() >= MANY * layer.in_features
     wide_base = layer.weight.dtype == layer.A.dtype
-    same_dtype = x.dtype == layer.weight.dtype or torch.is_autocast_enabled(x.device.type)
-    plain_only = x.is_meta or torch._C._are_functorch_transforms_active()  # these refuse a Function like OneProduct
-    return many and wide_base and same_dtype and not layer.weight.requires_grad and not plain_only
+    same_dtype = x.dtype == layer.weight.dtype or torch.is_autocast_enabled(device_of(x))
+    transformed = torch._C._are_functorch_transforms_active()  # by torch.func, which refuses a Function like OneProduct
+    return many and wide_base and same_dtype and not layer.weight.requires_grad and not transformed
 
 
 class OneProduct(torch.autograd.Function):
@@ -375,19 +379,19 @@ class OneProduct(torch.autograd.Function):
 
         colsum(dy ⊙ y) = g ⊙ dg + rowsum(U ⊙ dU) + b ⊙ db
 
-    That needs y, where the direct way, dg = colsum(dy ⊙ (W0 x)) = rowsum((dyᵀ x) ⊙ W0), takes a product as large as y.
-    The price: dg loses digits where g W0 x is a small part of y, and fades to 0 where |g| is near 10 eps (`near_0`). So
-    the direct way is taken under autocast, which has few digits; when compiling; and where y was changed in place
-    before the backward pass, as by an nn.ReLU(inplace=True) after the layer. Two aliases of y tell that: y.data is its
-    memory with a count of changes of its own, so that autograd lets it be read after a change; y.detach() shares y's
-    count. What changes y past its count, as y.data.add_(1) or y.detach().numpy()[:] = 0, makes dg wrong.
+    That needs y as it was, and dg loses digits where g W0 x is a small part of y and fades to 0 where |g| is near 10 eps
+    (`near_0`). So it is the long way after all, from dW', dg = rowsum(dW' ⊙ W0), dU = dW' Vᵀ, dV = Uᵀ dW', under
+    autocast, which has few digits; when compiling; and where y was changed in place before the backward pass, as by an
+    nn.ReLU(inplace=True) after the layer. Two aliases of y tell that: y.data is its memory with a count of changes of
+    its own, so that autograd lets it be read after a change; y.detach() shares y's count. What changes y past its
+    count, as y.data.add_(1) or y.detach().numpy()[:] = 0, makes dg wrong.
 
     W' is kept for the backward pass, as autocast keeps its cast of a weight. Second derivatives need MANY = math.inf.
     """
 
     @staticmethod
     def forward(ctx, x, W0, b, g, U, V):
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             W = W0 if g is None else g[:, None] * W0
             W = torch.addmm(W, U, V).to(x.dtype)  # (out, in)
             y = F.linear(x, W, None if b is None else b.to(x.dtype))
@@ -693,9 +697,15 @@ class Block(nn.Module):
         n = config.n_embd
         self.n_head, self.gelu = config.n_head, config.gelu
         self.ln_1 = nn.LayerNorm(n)
-        self.attn = nn.ModuleDict({"c_attn": nn.Linear(n, 3 * n), "c_proj": nn.Linear(n, n)})
+        self.attn = nn.ModuleDict({
+            "c_attn": nn.Linear(n, 3 * n),
+            "c_proj": nn.Linear(n, n),
+        })
         self.ln_2 = nn.LayerNorm(n)
-        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(n, 4 * n), "c_proj": nn.Linear(4 * n, n)})
+        self.mlp = nn.ModuleDict({
+            "c_fc": nn.Linear(n, 4 * n),
+            "c_proj": nn.Linear(4 * n, n),
+        })
 
     def forward(self, x):
         B, T, C = x.shape
