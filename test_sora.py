@@ -2370,8 +2370,8 @@ def wrong_values():
     rows = [f"sora:{key}={value}" for key, values in settings.items() for value in values]
     rows += ["", ",", "lora,", ",lora", "lora:", "lora:r", "lora::r=2", ":r=2", "lora:=2", "lora:R=2", "lora: r=2",
              "lora :r=2", "lora:r=2:r=3", "lora:r=2:", "peft-lora:even=1", "full:even=1", "frozen:even=1",
-             "full:exact=1", "sora:r-p=2", "lora:steps=3", "lora:name=x", "lora:method=sora", "LoRA", "lora lora",
-             "lora;sora", "sorra:r=2", "lora\nsora", "lora,sorra", "lora=1e-3"]
+             "full:exact=1", "lora:exact=0", "dora:r_p=2", "postdiag:r_p=2", "sora:r-p=2", "lora:steps=3", "lora:name=x",
+             "lora:method=sora", "LoRA", "lora lora", "lora;sora", "sorra:r=2", "lora\nsora", "lora,sorra", "lora=1e-3"]
     rates = [",", "=", "=1", "sora=", "sora==1", "sora=1=2", "1e-3,", ",1e-3", "sora", "sora=1,,", "SORA=1", " sora=1",
              "sora=1,loro=1", "lora:r=2=1", *numbers, *(f"sora={value}" for value in numbers if value != "1,5")]
     layers = [[], "", "nothing", ["c_attn", "nothing"], "c_attn,c_proj", ".", ".c_attn", "wte", "ln_1", "h", "c_",

@@ -251,7 +251,8 @@ def measure_speed(base, data, args):
             times[run.name].append(time.perf_counter() - begun)
 
     medians = {name: statistics.median(seconds[WARM_UP:]) for name, seconds in times.items()}
-    say(f"training takes, without evaluation, about {sum(medians.values()) * args.steps * args.seeds / 60:.1f} minutes")
+    minutes = sum(medians.values()) * args.steps * args.seeds / 60
+    say(f"training takes, without evaluation, about {minutes:.1f} minutes")
     speed = {}
     for name, median in medians.items():
         speed[name] = {"ms": 1e3 * median, "relative": median / medians.get("frozen", math.nan)}
@@ -332,14 +333,23 @@ def methods(text):
         method, *settings = name.split(":")
         known_method(method)
         row = {"name": name, "method": method}
-        keys = list(SETTINGS) if method in sora.METHODS else ["lr"]
+        keys = settings_of(method)
         for setting in settings:
             key, _, value = setting.partition("=")
             if key not in keys or key in row:
-                raise argparse.ArgumentTypeError(f"unknown setting {setting!r}: choose from {'=,'.join(keys)}=, once")
+                known = "=,".join(keys)
+                raise argparse.ArgumentTypeError(f"{setting!r} is no setting of {method}: choose from {known}=, once")
             row[key] = SETTINGS[key](value)
         rows.append(row)
     return rows
+
+
+def settings_of(method):
+    if method not in sora.METHODS:
+        return ["lr"]
+    if issubclass(sora.METHODS[method], sora.SORALinear):
+        return list(SETTINGS)
+    return ["r", "alpha", "lr", "even"]
 
 
 def known_method(name):
@@ -529,16 +539,13 @@ def save(model, seed, run):
 
 def write_row(row, run):
     """Where --json is given: one more line, whole as soon as the row is there. NaN, which JSON lacks, becomes null."""
-    if run.json:
-        row = row | {"settings": vars(run) | {"torch": torch.__version__, "python": sys.version}}
-        line = json.dumps(row, default=str)
-        line = json.dumps(json.loads(line, parse_constant=nothing))
-        with blame(f"--json {run.json}"), open(run.json, "a") as file:
-            file.write(line + "\n")
-
-
-def nothing(constant):
-    return None
+    if not run.json:
+        return
+    settings = vars(run) | {"torch": torch.__version__, "python": sys.version}
+    line = json.dumps(row | {"settings": settings}, default=str)
+    finite = json.loads(line, parse_constant=lambda name: None)
+    with blame(f"--json {run.json}"), open(run.json, "a") as file:
+        file.write(json.dumps(finite) + "\n")
 
 
 # ---- What is printed
@@ -641,7 +648,7 @@ def sparkline(rows):
 
 
 def print_differences(results):
-    """To LoRA, seed by seed: what a seed does to all rows cancels."""
+    """To LoRA, seed by seed: what a seed does to both rows alike cancels."""
     lora = {row["seed"]: row["loss"] for row in results.get("lora", [])}
     if len(lora) < 2:
         return
@@ -668,13 +675,16 @@ def print_correlations(results):
     adapted = []
     for rows in results.values():
         adapted += [row for row in rows if "entropy1" in row and not row["method"].startswith("full")]
-    if len({row["method"] for row in adapted}) < 3 or len({row["seed"] for row in adapted}) < 2:
+    methods = {row["method"] for row in adapted}
+    seeds = {row["seed"] for row in adapted}
+    if len(methods) < 3 or len(seeds) < 2:
         return
     say(f"\nrank correlation with val loss over {len(adapted)} runs of adapters, less their mean over the same seed")
     for title, key in [("‖dW‖", "change"), ("H(σ²)", "entropy2"), ("H(σ)", "entropy1")]:
         pair = torch.stack([less_its_mean(adapted, key), less_its_mean(adapted, "loss")])
         ranks = pair.argsort().argsort().double()
-        say(f"{title:18} {torch.corrcoef(ranks)[0, 1].item():+.2f}")
+        correlation = torch.corrcoef(ranks)[0, 1].item()
+        say(f"{title:18} {correlation:+.2f}")
 
 
 def less_its_mean(rows, key):
