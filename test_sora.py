@@ -2581,12 +2581,16 @@ def test_a_row_that_diverges_stops_alone_and_tells_its_step(small, monkeypatch, 
 def test_a_full_disk_is_told_before_anything_is_trained(small, monkeypatch, capsys):
     monkeypatch.setattr(train_gpt, "train_step", lambda *_: pytest.fail("trained"))
     usage = shutil.disk_usage(".")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=99))
-    with pytest.raises(SystemExit) as stop:
-        small("--save", "out")
-    out, error = capsys.readouterr()
-    assert stop.value.code == 2 and not out
-    assert re.fullmatch(r"train_gpt.py: --save out: a model takes [\d,]+ bytes, more than are free there\n", error)
+    model = 4 * sum(p.numel() for p in train_gpt.make_base(parsed("--device", "cpu")).parameters())
+    for methods, seeds, models in [("lora,sora", 3, 1), ("full,lora", 1, 1), ("full,frozen,full:lr=1,lora", 2, 6)]:
+        too_full = usage._replace(free=models * model - 1)
+        monkeypatch.setattr(shutil, "disk_usage", {"out": too_full}.get)
+        with pytest.raises(SystemExit) as stop:
+            small("--save", "out", "--methods", methods, "--seeds", seeds)
+        out, error = capsys.readouterr()
+        assert stop.value.code == 2 and not out
+        told = f"it may take {models * model:,} bytes, more than are free there"
+        assert error == f"train_gpt.py: --save out: {told}\n"
 
 
 def test_rows_stay_where_the_disk_fills_up(small, monkeypatch, capsys):
@@ -2849,6 +2853,23 @@ def test_shipped_base():
 def readme(i):
     """The i-th piece of Python in README."""
     return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)[i]
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_every_command_in_readme_is_understood(tmp_path, monkeypatch):
+    """Those in code and those within a text, as bash hands them on."""
+    monkeypatch.chdir(tmp_path)
+    text = (HERE / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    indented = re.findall(r"^    .*?(python train_gpt\.py[^#\n]*)", text, re.MULTILINE)
+    commands = indented + re.findall(r"`(python train_gpt\.py[^`]*)`", text)
+    for command in commands:
+        flags = command.replace("\n", " ").removeprefix("python train_gpt.py")
+        given = subprocess.run(["bash", "-c", f"printf '%s\\n' {flags}"], capture_output=True, text=True, check=True)
+        monkeypatch.setattr(sys, "argv", ["train_gpt.py", *given.stdout.split()])
+        if "--help" not in flags and (train_gpt.find_spec("peft") or "peft-" not in flags):
+            train_gpt.arguments()
+    assert len(commands) >= 15
+    print(f"{len(commands)} commands")
 
 
 def test_the_rows_are_read_as_readme_says(tmp_path, monkeypatch):

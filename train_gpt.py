@@ -464,9 +464,10 @@ def load_base(args):
             raise ValueError(f"{base.config} is too small for {vocabulary.n_vocab} tokens, "
                              f"--block-size {args.block_size}")
     base.to(args.device).requires_grad_(False)
-    size = 4 * sum(p.numel() for p in base.parameters())
+    whole = [run for run in runs(args) if run.method in ("full", "frozen")]  # of the others the adapter alone is saved
+    size = 4 * sum(p.numel() for p in base.parameters()) * max(1, len(whole) * args.seeds)
     if args.save and shutil.disk_usage(args.save).free < size:
-        fail(f"--save {args.save}: a model takes {size:,} bytes, more than are free there")
+        fail(f"--save {args.save}: it may take {size:,} bytes, more than are free there")
     for run in runs(args):
         if run.method in sora.METHODS:
             with blame(f"--methods {run.name}"):  # a dry run: what does not fit this base shall not show later
