@@ -16,8 +16,8 @@ where s = alpha / r is a number and ‖·‖row takes the norm of each row.
 What makes one choice better? The paper's yardstick is how evenly the update W' − W0 is spread over its directions: the
 entropy of its singular values (`svd_entropy`). Full fine-tuning changes a weight a little in every direction, LoRA in r
 directions only; DoRA's entropy is higher than LoRA's, as (diag(g) − I) W0 is not of low rank, and this, the paper
-holds, is why DoRA does better. Why before? Placed after, a diagonal rescales BA too, and DoRA's depends on BA by
-the norm; placed before, d calibrates W0 and leaves BA alone. Why rotate? A diagonal only stretches each output
+holds, is why DoRA does better. Why before? Placed after, a diagonal rescales BA too, and DoRA's depends on BA
+through its norm; placed before, d calibrates W0 and leaves BA alone. Why rotate? A diagonal only stretches each output
 feature, a rotation mixes them; and it may stand after, as it keeps the lengths of the sum's columns and their angles.
 
 The file rests on one identity. Each of the four is a diagonal times W0 plus a product of low rank k, and we call
@@ -230,9 +230,8 @@ class SORALinear(PreDiagLinear):
     A, B, d               as in Pre-Diag                                            trained
     C   (out, r_p)        kaiming_uniform(a=√5, mode="fan_out"), within ±1/√out     trained
     E   (out, r_p)        a copy of C: R = I, yet both have a gradient              trained
-    Parameters: r (in + out) + out + 2 r_p out. With R = I + K Pᵀ (see `rotation`) and M = diag(d) W0 + sBA,
-        W' = M + K (Pᵀ M) = diag(d) W0 + [sB , K] [A ; Pᵀ M]
-    A token costs what it costs Pre-Diag at rank r + 2 r_p; K and Pᵀ M come once a pass, however many tokens there are.
+    Parameters: r (in + out) + out + 2 r_p out. R is that of `rotation`, the factors are derived at the top of the file.
+    A token costs what it costs Pre-Diag at rank r + 2 r_p; the factors come once a pass, however many tokens there are.
     Raises ValueError for r_p < 1.
 
     Where we differ from the authors' layer, on purpose:
@@ -326,7 +325,7 @@ def product(X, W):
 
 
 def device_of(x):
-    """As autocast asks for it: it has none for meta."""
+    """The kind of device to tell autocast, which knows no meta."""
     return "cpu" if x.is_meta else x.device.type
 
 
@@ -379,12 +378,12 @@ class OneProduct(torch.autograd.Function):
 
         colsum(dy ⊙ y) = g ⊙ dg + rowsum(U ⊙ dU) + b ⊙ db
 
-    That needs y as it was, and dg loses digits where g W0 x is a small part of y and fades to 0 where |g| is near 10 eps
-    (`near_0`). So it is the long way after all, from dW', dg = rowsum(dW' ⊙ W0), dU = dW' Vᵀ, dV = Uᵀ dW', under
-    autocast, which has few digits; when compiling; and where y was changed in place before the backward pass, as by an
-    nn.ReLU(inplace=True) after the layer. Two aliases of y tell that: y.data is its memory with a count of changes of
-    its own, so that autograd lets it be read after a change; y.detach() shares y's count. What changes y past its
-    count, as y.data.add_(1) or y.detach().numpy()[:] = 0, makes dg wrong.
+    That needs y as it was, loses digits where g W0 x is a small part of y, and fades to 0 where |g| is near 10 eps
+    (`near_0`). So dW' it is under autocast, which has few digits; when compiling; and where y was changed in place
+    before the backward pass, as by an nn.ReLU(inplace=True) after the layer: dg = rowsum(dW' ⊙ W0), dU = dW' Vᵀ,
+    dV = Uᵀ dW'. Two aliases of y tell of a change: y.data is its memory with a count of changes of its own, so that
+    autograd lets it be read after one; y.detach() shares y's count. What changes y past its count, as y.data.add_(1) or
+    y.detach().numpy()[:] = 0, makes dg wrong.
 
     W' is kept for the backward pass, as autocast keeps its cast of a weight. Second derivatives need MANY = math.inf.
     """
@@ -446,7 +445,7 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
     method    one of METHODS: "lora", "dora", "prediag", "sora"; for r, alpha, r_p, exact see DiagonalPlusLowRank
     targets   None: every linear layer but those that share their weight with an embedding (a tied head). Else names or
               endings of names, matched on whole dotted parts: ["c_attn", "mlp.c_proj"]
-    A layer that stands under several names stays shared. Load the base's weights first: DoRA starts from their norms.
+    A layer of several names stays shared, and is meant by the first. Load the base's weights first: DoRA needs them.
     Raises ValueError (an unknown method, a target that matches nothing, a rank out of range, a model that is adapted
     already) or TypeError (a target that cannot be adapted, say a quantised one), before anything is changed.
     """
@@ -472,17 +471,16 @@ def _target_names(model, targets):
     else:
         if isinstance(targets, str):
             targets = [targets]
-        found = {target: _ending(linears, target) for target in targets}
+        found = {}
+        for target in targets:
+            found[target] = [name for name in linears if f".{name}".endswith(f".{target}")]
 
     missing = [target for target, names in found.items() if not names]
     if missing or not found:
+        told = ", ".join(missing) or "none are given"
         exist = sorted({name.rpartition(".")[2] for name in linears}) or ["no nn.Linear inside"]
-        raise ValueError(f"targets match nothing: {', '.join(missing)}; the model has {', '.join(exist)}")
+        raise ValueError(f"targets match nothing: {told}; the model has {', '.join(exist)}")
     return list(dict.fromkeys(name for names in found.values() for name in names))
-
-
-def _ending(names, target):
-    return [name for name in names if f".{name}".endswith(f".{target}")]
 
 
 def _new_layers(model, names, method, **options):
@@ -513,13 +511,14 @@ def merge(model: nn.Module, keep: bool = False) -> nn.Module:
     """Turn every adapted layer, if any, into the plain, frozen one it was, with weight W' and the same bias, in place.
     Nothing is merged unasked, in train() or eval(). keep=True holds W0 for `unmerge`, and so the memory of the adapted
     weights a second time. W' has W0's dtype: of updates of 0.3, 1, 5 % of ‖W0‖ bfloat16 loses 50, 17, 3 %, float16 an
-    eighth of that. Warns where over half of one is lost; after model.float() nothing is."""
+    eighth of that. Warns where over half of one is lost: a wider model, say model.float(), keeps it."""
     for name in list(_adapted(model)):  # one by one, so that W0 goes before the next W' comes
         layer = model.get_submodule(name)
         delta, weight = layer.delta(), layer.merged_weight()
         lost = weight - layer.weight - delta
         if lost.norm() > delta.norm() / 2:
-            warnings.warn("over half of an update is rounded off: model.float() before merge keeps it", stacklevel=2)
+            lost_in = f"over half of an update is rounded off in {weight.dtype}"
+            warnings.warn(f"{lost_in}: merge a wider model, say model.float(), to keep it", stacklevel=2)
         merged = plain_layer(layer, weight)
         if keep:
             W0 = plain_layer(layer, layer.weight).weight.detach()  # oriented as its kind has it
@@ -589,8 +588,8 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     wrong = [key for key, kind in STATE.items() if not isinstance(state.get(key), kind)]
     if wrong:
         raise ValueError(f"this is no adapter_state_dict, by its {', '.join(wrong)}: save that of an adapted model")
-    modules = dict(model.named_modules())
-    missing = [name for name in state["targets"] if name not in modules]
+    names = [name for name, _ in model.named_modules()]
+    missing = [name for name in state["targets"] if name not in names]
     if missing:
         raise ValueError(f"the adapter is for layers that the model has not: {', '.join(map(str, missing))}")
 
@@ -598,7 +597,7 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     layers = adapted or _new_layers(model, state["targets"], **{key: state[key] for key in OPTIONS})
     mine = _state(layers)
     for key in (*OPTIONS, "targets"):
-        used = key not in ("r_p", "exact") or mine["method"] == "sora"
+        used = key not in ("r_p", "exact") or issubclass(METHODS[mine["method"]], SORALinear)
         if used and mine[key] != state[key]:
             raise ValueError(f"the adapter has {key}={state[key]}, the model {key}={mine[key]}: they must be alike")
     if mine["fingerprint"] != state["fingerprint"]:
@@ -606,9 +605,9 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     wanted = {name: p.shape for name, p in mine["trained"].items()}
     given = {}
     for name, p in state["trained"].items():
-        if torch.is_floating_point(p) and p.isfinite().all():
+        if isinstance(p, torch.Tensor) and p.is_floating_point() and p.isfinite().all():
             given[name] = p.shape
-    odd = [name for name in wanted | given if wanted.get(name) != given.get(name)]
+    odd = [str(name) for name in wanted | given if wanted.get(name) != given.get(name)]
     if odd:
         raise ValueError(f"these tensors are not finite, missing, unknown or of another shape: {', '.join(odd)}")
 
