@@ -23,6 +23,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import cycle
 
 import tiktoken
 import torch
@@ -78,7 +79,8 @@ def main():
     announce(args, base, data, windows, loss)
     show_sample("(base)", base, windows, vocabulary, args)
 
-    results = {"(random)" if args.random_weights else "(base)": [{"loss": loss}]}
+    start = "(random)" if args.random_weights else "(base)"
+    results = {start: [{"loss": loss}]}
     try:
         speed = measure_speed(base, data, args)
         for run in runs(args):
@@ -120,7 +122,7 @@ def fine_tune(base, run, seed, data, windows):
             say(f"{run.name:9} seed {seed}  {progress}  loss {loss:.3f}", live=True)
             if not math.isfinite(loss):
                 break
-        if run.curve and step % every == 0:
+        if run.curve and step % every == 0 and not run.method.startswith("peft-"):
             loss = torch.stack(losses[-every:]).mean().item()
             row["curve"].append({"step": step, "loss": loss} | spectrum(base, model))
 
@@ -162,9 +164,10 @@ def unevenness(model):
     found = []
     for layer in model.modules():
         if isinstance(layer, sora.DiagonalPlusLowRank):
-            G = (layer.A @ layer.A.T) @ (layer.B.T @ layer.B)  # (r, r): its eigenvalues are σ², those of G G are σ⁴
+            G = (layer.A @ layer.A.T) @ (layer.B.T @ layer.B)  # (r, r), with the eigenvalues σ²
+            fourth = (G * G.T).sum()  # tr G G = Σσ⁴
             energy = G.trace() ** 2 + 1e-12  # (Σσ²)², and not 0 where B is
-            found.append(layer.r * (G * G.T).sum() / energy - 1)
+            found.append(layer.r * fourth / energy - 1)
     return torch.stack(found).mean()
 
 
@@ -202,8 +205,9 @@ def prepare(base, run):
         model.transformer.wpe = copy.deepcopy(base.transformer.wpe).requires_grad_(True)
     elif run.method.startswith("peft-"):  # as that library does it, on the same layers
         from peft import LoraConfig, inject_adapter_in_model
-        config = LoraConfig(r=run.r, lora_alpha=run.alpha, use_dora=run.method == "peft-dora",
-                            target_modules=run.targets or ["c_attn", "c_proj", "c_fc"])
+        dora = run.method == "peft-dora"
+        layers = run.targets or ["c_attn", "c_proj", "c_fc"]
+        config = LoraConfig(r=run.r, lora_alpha=run.alpha, use_dora=dora, target_modules=layers)
         inject_adapter_in_model(config, model)
     else:
         sora.adapt(model, run.method, run.r, run.alpha, run.r_p, run.targets, run.exact)
@@ -253,9 +257,10 @@ def measure_speed(base, data, args):
     medians = {name: statistics.median(seconds[WARM_UP:]) for name, seconds in times.items()}
     minutes = sum(medians.values()) * args.steps * args.seeds / 60
     say(f"training takes, without evaluation, about {minutes:.1f} minutes")
+    frozen = [medians[run.name] for run in runs(args) if run.method == "frozen"] or [math.nan]
     speed = {}
     for name, median in medians.items():
-        speed[name] = {"ms": 1e3 * median, "relative": median / medians.get("frozen", math.nan)}
+        speed[name] = {"ms": 1e3 * median, "relative": median / frozen[0]}
     return speed
 
 
@@ -361,18 +366,17 @@ def known_method(name):
 
 def rates(text):
     """{method: rate} of "1e-2,full=2e-3": the rate of a part without a name is for all methods."""
-    for_all, by_method = {}, {}
+    told = {}
     for part in text.split(","):
         name, equals, rate = part.rpartition("=")
-        again = name in by_method or (for_all and not equals)
-        if again:
-            raise argparse.ArgumentTypeError(f"{part!r} gives a rate again: say each once, with a point for decimals")
         if equals:
             known_method(name)
-            by_method[name] = number(rate)
-        else:
-            for_all = dict.fromkeys(METHODS, number(rate))
-    return for_all | by_method
+        if name in told:
+            raise argparse.ArgumentTypeError(f"{part!r} gives a rate again: say each once, with a point for decimals")
+        told[name] = number(rate)
+    if "" in told:
+        return dict.fromkeys(METHODS, told.pop("")) | told
+    return told
 
 
 def runs(args):
@@ -385,7 +389,7 @@ def runs(args):
 def arguments():
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.error = complain
+    p.error = lambda message: fail(f"{message} (--help lists all flags)")
     flag = p.add_argument
     flag("--init", default=os.path.relpath(f"{HERE}/data/base.pt"),
          help=f"a checkpoint, 'scratch', or one of {','.join(sora.GPT2)}, which bring defaults of their own")
@@ -414,14 +418,14 @@ def arguments():
     flag("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
          help="of the matrix products: auto is bfloat16 on CUDA, else float32")
     flag("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the models")
-    flag("--save", metavar="DIR", default=None, help="for what is trained: adapters, or of full and frozen the model")
-    flag("--json", metavar="FILE", default=None, help="to which each row is appended as a line, with all settings")
+    flag("--save", metavar="DIR", help="for what is trained: adapters, or of full and frozen the model")
+    flag("--json", metavar="FILE", help="to which each row is appended as a line, with all settings")
     flag("--sample", type=count, metavar="N", default=0, help="tokens of text by the base and by each tuned model")
-    flag("--curve", type=count, metavar="N", default=0, help="points in training at which to record the spectrum")
+    flag("--curve", type=count, metavar="N", default=0, help="record the spectrum at so many points in training")
     flag("--markdown", action="store_true", help="print the table once more, and charts, as a code host renders them")
 
-    told = p.parse_known_args([flag for flag in sys.argv[1:] if flag not in ("-h", "--help")])[0]
-    equal = told.r + round((1 + 2 * told.r_p) * 9 / 16)  # LoRA of SORA's size, as 9/16 of the in + out of a GPT are out
+    told = p.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])[0]
+    equal = told.r + round((1 + 2 * told.r_p) * 9 / 16)  # LoRA of SORA's size: in a GPT, out is 9/16 of in + out
     p.set_defaults(methods=f"full,lora,lora:r={equal},dora,prediag,sora", sha256={})  # of the files, once read
     if told.init in sora.GPT2:
         gpu = torch.accelerator.is_available()
@@ -437,7 +441,8 @@ def arguments():
         if args.save:
             os.makedirs(args.save, exist_ok=True)
             tempfile.TemporaryFile(dir=args.save).close()
-        open(args.json or os.devnull, "a").close()
+        if args.json:
+            open(args.json, "a").close()
     return args
 
 
@@ -446,10 +451,6 @@ def digest(path):
         raise OSError("Is a directory, a pipe or a device: give the path of a file")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def complain(message):
-    fail(f"{message} (--help lists all flags)")
 
 
 # ---- What is read and written
@@ -464,12 +465,12 @@ def load_base(args):
             raise ValueError(f"{base.config} is too small for {vocabulary.n_vocab} tokens, "
                              f"--block-size {args.block_size}")
     base.to(args.device).requires_grad_(False)
-    whole = [run for run in runs(args) if run.method in ("full", "frozen")]  # of the others the adapter alone is saved
-    size = 4 * sum(p.numel() for p in base.parameters()) * max(1, len(whole) * args.seeds)
+    whole = sum(run.method in ("full", "frozen") for run in runs(args))  # others save no more than an adapter
+    size = sum(p.nbytes for p in base.parameters()) * max(1, whole * args.seeds)
     if args.save and shutil.disk_usage(args.save).free < size:
         fail(f"--save {args.save}: it may take {size:,} bytes, more than are free there")
     for run in runs(args):
-        if run.method in sora.METHODS:
+        if run.method != "full":
             with blame(f"--methods {run.name}"):  # a dry run: what does not fit this base shall not show later
                 prepare(base, run)
     return base, vocabulary
@@ -553,9 +554,10 @@ def write_row(row, run):
 
 COLUMNS = {  # title: the number of a row, its format
     "trainable": ("trainable", ",.0f"), "val loss": ("loss", ".3f"), "ms/step": ("ms", ".1f"),
-    "× frozen": ("relative", ".2f"), "peak MiB": ("memory", ",.0f"), "‖dW‖": ("change", ".3f"),
-    "H(σ²)": ("entropy2", ".3f"), "H(σ)": ("entropy1", ".3f"),
+    "× frozen": ("relative", ".2f"), "peak MiB": ("memory", ",.0f"),
 }
+UPDATE = {"‖dW‖": "change", "H(σ²)": "entropy2", "H(σ)": "entropy1"}
+COLUMNS |= {title: (key, ".3f") for title, key in UPDATE.items()}
 LEGEND = f"""
 trainable  how many parameters are trained
 val loss   in nats per token, over the same windows for all
@@ -598,7 +600,8 @@ def announce(args, base, data, windows, loss):
     say(f"device    {args.device}, {device}, torch {torch.__version__}, {args.dtype}{compiled}")
     say(f"base      {args.init}: {base.config}")
     say(f"data      {args.data}: {len(data):,} training tokens, {len(windows)} validation windows of {args.block_size}")
-    say(f"training  {args.seeds} seed(s), {args.steps} steps of {args.batch_size} x {args.block_size} tokens, lr {lr}")
+    batch = f"{args.batch_size} x {args.block_size} tokens"
+    say(f"training  {args.seeds} seed(s), {args.steps} steps of {batch}, lr {lr}")
     say(f"start     validation loss {loss:.4f}, the base's: every method starts there\n")
 
 
@@ -672,7 +675,7 @@ def mean_and_error(differences):
 
 
 def print_correlations(results):
-    """Do the numbers of an update go with its loss? Over the adapters, each seed for itself."""
+    """Do the numbers of an update go with its loss? Over all runs of adapters, less the mean of each seed."""
     adapted = []
     for rows in results.values():
         adapted += [row for row in rows if "entropy1" in row and not row["method"].startswith("full")]
@@ -681,7 +684,7 @@ def print_correlations(results):
     if len(methods) < 3 or len(seeds) < 2:
         return
     say(f"\nrank correlation with val loss over {len(adapted)} runs of adapters, less their mean over the same seed")
-    for title, key in [("‖dW‖", "change"), ("H(σ²)", "entropy2"), ("H(σ)", "entropy1")]:
+    for title, key in UPDATE.items():
         pair = torch.stack([less_its_mean(adapted, key), less_its_mean(adapted, "loss")])
         ranks = pair.argsort().argsort().double()
         correlation = torch.corrcoef(ranks)[0, 1].item()
@@ -739,7 +742,7 @@ def charts_over_steps(trained):
     steps = [point["step"] for point in rows[0]["curve"]]
     if not steps:
         return
-    for title, key in [("‖dW‖", "change"), ("H(σ²)", "entropy2"), ("H(σ)", "entropy1")]:
+    for title, key in UPDATE.items():
         lines = {}
         for name, rows in trained.items():
             curves = []
@@ -755,7 +758,7 @@ def means(lists):
 
 def chart_of_lines(title, x, lines):
     """A line for each name. Such charts have no legend: the text above names the colours."""
-    legend = ", ".join(f"{name} {colour}" for name, colour in zip(lines, COLOURS))
+    legend = ", ".join(f"{name} {colour}" for name, colour in zip(lines, cycle(COLOURS)))
     say(f"\n{title}: {legend}")
     marks = [("line", values) for values in lines.values()]
     chart(title, x, marks)
