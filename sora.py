@@ -291,9 +291,8 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
     Jᵀ = −J. (For the authors' I + S it is X = Q⁻¹, since then K = P Q.)
 
     P = [E , C] would give the same S, but at the start, where E = C, K Pᵀ = 0 up to rounding only. Ours starts as
-    P = [0 , C] and X = (0 −I/t; I/t −CᵀC/2). As its upper left is 0, pivoting swaps the block rows; that is triangular
-    already, and no rounding touches a 0. So X⁻¹ = (Z tI; −tI 0) with some Z, K = [−tC , 0], K Pᵀ = 0, and W' = W0 bit
-    for bit.
+    P = [0 , C] and X = (0 −I/t; I/t −CᵀC/2). Its upper left is 0, so pivoting swaps the block rows; it is triangular
+    then, and no rounding touches a 0. So X⁻¹ = (Z tI; −tI 0) with some Z, K = [−tC , 0], K Pᵀ = 0, W' = W0 to the bit.
     """
     P = torch.cat([E - C, C], 1)  # (out, 2 r_p)
     wide = P if P.device.type == "mps" else P.double()  # mps has none; RᵀR = I for large C, E needs it
@@ -348,7 +347,9 @@ def sparing_the_adapter(layer, fn):
     def spare(p):
         cast = fn(p)
         narrowed = cast.itemsize < 4 and id(p) not in base
-        return p.to(cast.device) if narrowed else cast
+        if narrowed:
+            return p.to(cast.device)
+        return cast
 
     return spare
 
