@@ -288,11 +288,13 @@ def test_one_product_near_d_of_zero(method):
     layer = trained(METHODS[method](linear(64, 48, dtype=torch.float32), r=8), scale=0.1)
     x, dy = (torch.randn(600, n, generator=rng(n)) for n in (64, 48))
     with torch.no_grad():
-        layer.d[:6] = torch.tensor([0, 1e-9, -1e-7, 1e-3, -1e-2, 0.1])
+        eps = 10 * torch.finfo(torch.float32).eps  # where the gradient has faded to a half
+        layer.d[:8] = torch.tensor([0, 1e-9, -1e-7, eps, -eps, 1e-3, -1e-2, 0.1])
     one, plain = (run_in(layer, x, dy, many) for many in (1, 10**9))
-    assert one["d"].isfinite().all()
-    assert method == "sora" or one["d"][:3].abs().max() < 1e-2 * plain["d"].abs().max()
-    torch.testing.assert_close(one["d"][3:], plain["d"][3:], rtol=1e-2, atol=1e-3 * plain["d"].abs().max().item())
+    largest = plain["d"].abs().max().item()
+    assert one["d"].abs().max() < 2 * largest
+    assert method == "sora" or one["d"][:3].abs().max() < 1e-2 * largest
+    torch.testing.assert_close(one["d"][5:], plain["d"][5:], rtol=1e-2, atol=1e-3 * largest)
 
 
 @ALL
