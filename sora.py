@@ -16,9 +16,9 @@ where s = alpha / r is a number and ‖·‖row takes the norm of each row.
 What makes one choice better? The paper's yardstick is how evenly the update W' − W0 is spread over its directions: the
 entropy of its singular values (`svd_entropy`). Full fine-tuning changes a weight a little in every direction, LoRA in r
 directions only; DoRA's entropy is higher than LoRA's, as (diag(g) − I) W0 is not of low rank, and this, the paper
-holds, is why DoRA does better. Why before? Placed after, a diagonal rescales BA too, and DoRA's depends on BA
-through its norm; placed before, d calibrates W0 and leaves BA alone. Why rotate? A diagonal only stretches each output
-feature, a rotation mixes them; and it may stand after, as it keeps the lengths of the sum's columns and their angles.
+holds, is why DoRA does better. Why before? Placed after, a diagonal rescales BA too, and DoRA's depends on BA through
+its norm; placed before, d calibrates W0 and leaves BA alone. Why rotate? A diagonal only stretches each output feature,
+a rotation mixes them; and it may stand after, as it keeps the lengths of the sum's columns and their angles.
 
 The file rests on one identity. Each of the four is a diagonal times W0 plus a product of low rank k, and we call
 g (out,), U (out, k) and V (k, in) its factors:

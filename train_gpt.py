@@ -421,7 +421,7 @@ def arguments():
     flag("--save", metavar="DIR", help="for what is trained: adapters, or of full and frozen the model")
     flag("--json", metavar="FILE", help="to which each row is appended as a line, with all settings")
     flag("--sample", type=count, metavar="N", default=0, help="tokens of text by the base and by each tuned model")
-    flag("--curve", type=count, metavar="N", default=0, help="record the spectrum at so many points in training, at most")
+    flag("--curve", type=count, metavar="N", default=0, help="record the spectrum at most so often in training")
     flag("--markdown", action="store_true", help="print the table once more, and charts, as a code host renders them")
 
     told = p.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])[0]
