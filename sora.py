@@ -26,7 +26,7 @@ g (out,), U (out, k) and V (k, in) its factors:
     W' = diag(g) W0 + U V        so that        y = W'x + b = g ⊙ (W0 x) + U (V x) + b
 
 where x ⊙ y is the elementwise product. This is plain for the first three: multiply out the brackets. For SORA, write
-the rotation as R = I + K Pᵀ, with K and P (out, 2 r_p) made of C and E (see `rotation`); on M = diag(d) W0 + sBA it is
+the rotation as R = I + K Pᵀ, with K and P (out, 2 r_p) made of C and E (see `cayley`); on M = diag(d) W0 + sBA it is
 
     R M = M + K (Pᵀ M) = diag(d) W0 + (sB) A + K (Pᵀ M) = diag(d) W0 + [ sB , K ] [ A ; Pᵀ M ]
 
@@ -39,7 +39,7 @@ with [ x , y ] side by side and [ x ; y ] one above the other. So
     SORA       d                       [ sB , K ]    [ A ; Pᵀ(diag(d) W0 + sBA) ]      r + 2 r_p
 
 and one layer holds all that follows (forward, delta, merged_weight): a method is its extra parameters and a few lines
-that return (g, U, V). In a hurry, read `DiagonalPlusLowRank.forward`, each class's `factors` and `rotation`.
+that return (g, U, V). In a hurry, read `DiagonalPlusLowRank.forward`, each class's `factors` and `cayley`.
 
 Glossary
     here            in the formulas                                               in the authors' code
@@ -120,7 +120,8 @@ class DiagonalPlusLowRank(nn.Module):
         self.B = self.new_parameter(self.out_features, self.r)  # zeros
 
     def new_parameter(self, *shape):
-        return nn.Parameter(self.weight.new_zeros(shape, dtype=wide_dtype(self.weight)))
+        wide = torch.promote_types(self.weight.dtype, torch.float32)  # with bfloat16's 8 bits training would stall
+        return nn.Parameter(self.weight.new_zeros(shape, dtype=wide))
 
     def factors(self):
         """(g, U, V): (out,) or None for ones, (out, k), (k, in). Here: no conditioning, W' = W0 + sBA."""
@@ -161,7 +162,7 @@ class DiagonalPlusLowRank(nn.Module):
         return f"{self.in_features}, {self.out_features}, r={self.r}"
 
     def _apply(self, fn, recurse=True):  # what .to(), .cuda(), .half(), ... call
-        return super()._apply(sparing_the_adapter(self, fn), recurse)
+        return super()._apply(lambda p: spared(self, p, fn(p)), recurse)
 
 
 class LoRALinear(DiagonalPlusLowRank):
@@ -230,12 +231,11 @@ class SORALinear(PreDiagLinear):
     A, B, d               as in Pre-Diag                                            trained
     C   (out, r_p)        kaiming_uniform(a=√5, mode="fan_out"), within ±1/√out     trained
     E   (out, r_p)        a copy of C: R = I, yet both have a gradient              trained
-    Parameters: r (in + out) + out + 2 r_p out. R is that of `rotation`, the factors are derived at the top of the file.
+    Parameters: r (in + out) + out + 2 r_p out. R is that of `cayley`, the factors are derived at the top of the file.
     A token costs what it costs Pre-Diag at rank r + 2 r_p; the factors come once a pass, however many tokens there are.
-    Raises ValueError for r_p < 1.
 
     Where we differ from the authors' layer, on purpose:
-    - theirs is R = I + S, S skew (see `rotation`): RᵀR = I + SᵀS, so norms can only grow; exact=False gives it;
+    - theirs is R = I + S, S skew (see `cayley`): RᵀR = I + SᵀS, so norms can only grow; exact=False gives it;
     - theirs scales and rotates the bias too, and leaves I out of the merged weight: a fresh adapter merges to zero.
     """
 
@@ -251,8 +251,9 @@ class SORALinear(PreDiagLinear):
 
     def factors(self):
         sB = self.s * self.B
-        K, P = rotation(self.C, self.E, self.exact)  # (out, 2 r_p) each
-        PW = product((self.d[:, None] * P).T, self.weight)  # (2 r_p, in): Pᵀ diag(d) W0, see `product` for the dtype
+        K, P = rotation(self.C, self.E, self.exact)  # (out, 2 r_p) each, by `cayley`
+        dP = (self.d[:, None] * P).to(self.weight.dtype)  # so that a bfloat16 W0 is not copied to a wide one
+        PW = (dP.T @ self.weight).to(P.dtype)  # (2 r_p, in): Pᵀ diag(d) W0
         PM = torch.addmm(PW, P.T @ sB, self.A)  # (2 r_p, in): Pᵀ (diag(d) W0 + sBA)
 
         U = torch.cat([sB, K], 1)  # (out, r + 2 r_p)
@@ -263,8 +264,8 @@ class SORALinear(PreDiagLinear):
 METHODS = {cls.method: cls for cls in (LoRALinear, DoRALinear, PreDiagLinear, SORALinear)}
 
 
-def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
-    """(K, P), both (out, 2 r_p), of the rotation R = I + K Pᵀ that the pair C, E (out, r_p) spans.
+def cayley(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
+    """(K, P, X⁻¹, (‖C‖, ‖E‖), 1/t) of the rotation R = I + K Pᵀ, K and P (out, 2 r_p), that C and E (out, r_p) span.
 
     S = t (E Cᵀ − C Eᵀ) is skew (Sᵀ = −S), with t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)), of Frobenius norms. t is the
     authors': without it S grows as the square of C and E, with it only linearly once they are large; S is not bounded.
@@ -306,21 +307,10 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
     if exact:
         X = torch.addmm(X, wide.T, wide, alpha=-0.5)  # J/t − PᵀP/2
     inverse, _ = torch.linalg.inv_ex(X)  # unlike inv, it does not wait for the GPU to check it
-    return (wide @ inverse).to(P.dtype), P
+    return (wide @ inverse).to(P.dtype), P, inverse, norms, one_over_t
 
 
 # ======== The right digits, and the same numbers for less time: nothing in this section changes the formulas
-
-
-def wide_dtype(weight):
-    """The dtype of what is trained: with bfloat16's 8 bits of mantissa training would stall."""
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
-def product(X, W):
-    """X W, computed in W's dtype and given back in X's: a bfloat16 W0 is not copied to a wide one, and rounding X to it
-    is an error as large as W0's own."""
-    return (X.to(W.dtype) @ W).to(X.dtype)
 
 
 def device_of(x):
@@ -340,18 +330,11 @@ def full_precision(x):
     return torch.autocast(device_of(x), enabled=False)
 
 
-def sparing_the_adapter(layer, fn):
-    """fn, as `.to()` applies it to each tensor of a layer, except that only W0 and b may get narrower than float32."""
-    base = {id(layer.weight), id(layer.bias)}
-
-    def spare(p):
-        cast = fn(p)
-        narrowed = cast.itemsize < 4 and id(p) not in base
-        if narrowed:
-            return p.to(cast.device)
-        return cast
-
-    return spare
+def spared(layer, p, cast):
+    """cast, which `.to()` makes of a layer's tensor p; but only W0 and b may get narrower than float32."""
+    if cast.itemsize < 4 and p is not layer.weight and p is not layer.bias:
+        return p.to(cast.device)
+    return cast
 
 
 MANY = 512  # tokens from which OneProduct wins: measured forward and backward on two CPU cores, at widths 128 to 3072
@@ -374,19 +357,16 @@ class OneProduct(torch.autograd.Function):
 
         dx = dy W'      db = colsum(dy)      dU = dyᵀ (x Vᵀ)      dV = (dy U)ᵀ x
 
-    and dg comes from Euler's identity: y_i = g_i (W0 x)_i + U_i (V x) + b_i is linear in (g_i, U_i, b_i), so that
-    y_i = g_i ∂y_i/∂g_i + U_i ∂y_i/∂U_i + b_i ∂y_i/∂b_i; times dy_i, the loss's gradient, and summed over the tokens,
+    and dg comes from Euler's identity: y_i is linear in (g_i, U_i, b_i), so y_i = g_i ∂y_i/∂g_i + U_i ∂y_i/∂U_i +
+    b_i ∂y_i/∂b_i; times dy_i, the loss's gradient, and summed over the tokens,
 
         colsum(dy ⊙ y) = g ⊙ dg + rowsum(U ⊙ dU) + b ⊙ db
 
     That needs y as it was, loses digits where g W0 x is a small part of y, and fades to 0 where |g| is near 10 eps
-    (`near_0`). So dW' it is under autocast, which has few digits; when compiling; and where y was changed in place
-    before the backward pass, as by an nn.ReLU(inplace=True) after the layer: dg = rowsum(dW' ⊙ W0), dU = dW' Vᵀ,
-    dV = Uᵀ dW'. Two aliases of y tell of a change: y.data is its memory with a count of changes of its own, so that
-    autograd lets it be read after one; y.detach() shares y's count. What changes y past its count, as y.data.add_(1) or
-    y.detach().numpy()[:] = 0, makes dg wrong.
-
-    W' is kept for the backward pass, as autocast keeps its cast of a weight. Second derivatives need MANY = math.inf.
+    (`near_0`). So under autocast, which has few digits, when compiling, and where y was changed in place since, as by
+    nn.ReLU(inplace=True), it is dg = rowsum(dW' ⊙ W0), dU = dW' Vᵀ, dV = Uᵀ dW'. Two aliases tell of a change: y.data is
+    y's memory with a count of changes of its own, so that it may be read after one; y.detach() shares y's count. What
+    passes that count by, as y.data.add_(1), spoils dg. For second derivatives set MANY = math.inf.
     """
 
     @staticmethod
@@ -433,6 +413,40 @@ class OneProduct(torch.autograd.Function):
         return dx, None, db, dg, dU, dV
 
 
+def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
+    """(K, P) of the rotation R = I + K Pᵀ: see `cayley`."""
+    if exact and not torch._C._are_functorch_transforms_active():
+        return QuickCayley.apply(C, E)
+    return cayley(C, E, exact)[:2]
+
+
+class QuickCayley(torch.autograd.Function):
+    """The same K and P, and their gradient in half as many operations: with Z = dK X⁻ᵀ and H = KᵀZ it is dX = −H, so
+    dP = Z + P (H + Hᵀ)/2, plus P's own, and d(1/t) = ⟨J, dX⟩ = tr(H₁₂ − H₂₁), of the quarters of H."""
+
+    @staticmethod
+    def forward(ctx, C, E):
+        K, P, *rest = cayley(C, E)
+        ctx.save_for_backward(C, E, K, P, *rest)
+        return K, P
+
+    @staticmethod
+    def backward(ctx, dK, dP):
+        C, E, K, P, inverse, norms, one_over_t = ctx.saved_tensors
+        if torch.is_grad_enabled():  # second derivatives are left to autograd
+            return torch.autograd.grad(cayley(C, E)[:2], (C, E), (dK, dP), create_graph=True)
+
+        Z = dK @ inverse.T.to(dK.dtype)  # (out, 2 r_p)
+        H = K.T @ Z  # (2 r_p, 2 r_p)
+        dP = torch.addmm(dP + Z, P, H + H.T, alpha=0.5)
+
+        r_p = C.shape[1]
+        d_sum = (H[:r_p, r_p:] - H[r_p:, :r_p]).trace() * (one_over_t > 1)  # of ‖C‖ + ‖E‖
+        of_C, of_E = d_sum / norms.clamp_min(1e-12)  # where a norm is 0, so is what this multiplies
+        dD, dC = dP.chunk(2, dim=1)  # of P = [E − C , C]
+        return torch.addcmul(dC - dD, of_C, C), torch.addcmul(dD, of_E, E)
+
+
 # ======== The plumbing: attach, merge, save, load
 
 OPTIONS = {"method": str, "r": int, "alpha": float, "r_p": int, "exact": bool}
@@ -452,8 +466,7 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
     """
     adapted = _adapted(model)
     if adapted:
-        method = next(iter(adapted.values())).method
-        raise ValueError(f"the model is adapted already, with {method} in {len(adapted)} layers: merge it first")
+        raise ValueError(f"the model is adapted already, in {len(adapted)} layers: merge it first")
     layers = _new_layers(model, _target_names(model, targets), method, r=r, alpha=alpha, r_p=r_p, exact=exact)
     return _replace(model.requires_grad_(False), layers)
 
@@ -478,9 +491,8 @@ def _target_names(model, targets):
 
     missing = [target for target, names in found.items() if not names]
     if missing or not found:
-        told = ", ".join(missing) or "none are given"
-        exist = sorted({name.rpartition(".")[2] for name in linears}) or ["no nn.Linear inside"]
-        raise ValueError(f"targets match nothing: {told}; the model has {', '.join(exist)}")
+        exist = sorted({name.rpartition(".")[2] for name in linears})
+        raise ValueError(f"targets {missing} match nothing: choose among {exist}")
     return list(dict.fromkeys(name for names in found.values() for name in names))
 
 
@@ -510,16 +522,14 @@ def _replace(model, layers):
 
 def merge(model: nn.Module, keep: bool = False) -> nn.Module:
     """Turn every adapted layer, if any, into the plain, frozen one it was, with weight W' and the same bias, in place.
-    Nothing is merged unasked, in train() or eval(). keep=True holds W0 for `unmerge`, and so the memory of the adapted
-    weights a second time. W' has W0's dtype: of updates of 0.3, 1, 5 % of ‖W0‖ bfloat16 loses 50, 17, 3 %, float16 an
-    eighth of that. Warns where over half of one is lost: a wider model, say model.float(), keeps it."""
+    Nothing is merged unasked, in train() or eval(). keep=True holds W0 too, for `unmerge`. W' has W0's dtype: bfloat16
+    loses 50, 17, 3 % of an update of 0.3, 1, 5 % of ‖W0‖, float16 an eighth of that. Warns where over half is lost."""
     for name in list(_adapted(model)):  # one by one, so that W0 goes before the next W' comes
         layer = model.get_submodule(name)
         delta, weight = layer.delta(), layer.merged_weight()
         lost = weight - layer.weight - delta
         if lost.norm() > delta.norm() / 2:
-            lost_in = f"over half of an update is rounded off in {weight.dtype}"
-            warnings.warn(f"{lost_in}: merge a wider model, say model.float(), to keep it", stacklevel=2)
+            warnings.warn(f"{weight.dtype} rounds off over half of an update: merge model.float(), say", stacklevel=2)
         merged = plain_layer(layer, weight)
         if keep:
             W0 = plain_layer(layer, layer.weight).weight.detach()  # oriented as its kind has it
@@ -549,11 +559,9 @@ def adapter_state_dict(model: nn.Module) -> dict:
 
 
 def _state(layers):
-    kinds = set()
-    for layer in layers.values():
-        kinds.add(tuple(plain(getattr(layer, key)) for key, plain in OPTIONS.items()))
+    kinds = {tuple(plain(getattr(layer, key)) for key, plain in OPTIONS.items()) for layer in layers.values()}
     if len(kinds) != 1:
-        raise ValueError(f"the model has adapters of {len(kinds)} kinds, {kinds or 'none'}: one is needed, see adapt")
+        raise ValueError(f"the model has adapters of {len(kinds)} kinds, {[*kinds]}: one is needed, see adapt")
     trained = {name: p.detach().to("cpu", copy=True) for name, p in _trained(layers).items()}
     rest = {"targets": list(layers), "trained": trained, "fingerprint": _fingerprint(layers)}
     return dict(zip(OPTIONS, kinds.pop())) | rest
@@ -589,34 +597,33 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     wrong = [key for key, kind in STATE.items() if not isinstance(state.get(key), kind)]
     if wrong:
         raise ValueError(f"this is no adapter_state_dict, by its {', '.join(wrong)}: save that of an adapted model")
-    names = [name for name, _ in model.named_modules()]
-    missing = [name for name in state["targets"] if name not in names]
+    missing = {*map(repr, state["targets"])} - {*map(repr, dict(model.named_modules()))}
     if missing:
-        raise ValueError(f"the adapter is for layers that the model has not: {', '.join(map(str, missing))}")
+        raise ValueError(f"the adapter is for layers that the model has not: {', '.join(sorted(missing))}")
 
     adapted = _adapted(model)
     layers = adapted or _new_layers(model, state["targets"], **{key: state[key] for key in OPTIONS})
     mine = _state(layers)
     for key in (*OPTIONS, "targets"):
-        used = key not in ("r_p", "exact") or issubclass(METHODS[mine["method"]], SORALinear)
-        if used and mine[key] != state[key]:
+        if mine[key] != state[key]:
             raise ValueError(f"the adapter has {key}={state[key]}, the model {key}={mine[key]}: they must be alike")
     if mine["fingerprint"] != state["fingerprint"]:
         raise ValueError("W0 differ from those the adapter was trained on (compared as bfloat16): load it on that base")
-    wanted = {name: p.shape for name, p in mine["trained"].items()}
-    given = {}
-    for name, p in state["trained"].items():
-        if isinstance(p, torch.Tensor) and p.is_floating_point() and p.isfinite().all():
-            given[name] = p.shape
-    odd = [str(name) for name in wanted | given if wanted.get(name) != given.get(name)]
+    given, wanted = state["trained"], _trained(layers)
+    odd = [str(name) for name in given | wanted if not _fits(given.get(name), wanted.get(name))]
     if odd:
         raise ValueError(f"these tensors are not finite, missing, unknown or of another shape: {', '.join(odd)}")
 
-    for name, p in _trained(layers).items():
-        p.data.copy_(state["trained"][name])
+    for name, p in wanted.items():
+        p.data.copy_(given[name])
     if adapted:
         return model
     return _replace(model.requires_grad_(False), layers)
+
+
+def _fits(given, wanted):
+    tensors = isinstance(given, torch.Tensor) and isinstance(wanted, torch.Tensor)
+    return tensors and given.shape == wanted.shape and given.is_floating_point() and given.isfinite().all()
 
 
 # The rare cases: what is linear but no nn.Linear, and what would fail silently
@@ -626,7 +633,7 @@ CONV1D = "<class 'transformers.pytorch_utils.Conv1D'>"  # a linear layer whose w
 
 def looks_linear(module):
     """By its attributes, so that a quantised layer is refused by name instead of being passed over."""
-    return str(type(module)) == CONV1D or hasattr(module, "in_features") and hasattr(module, "out_features")
+    return hasattr(module, "in_features") or str(type(module)) == CONV1D
 
 
 def weight_and_bias(module):
@@ -651,8 +658,7 @@ def plain_layer(layer, weight):
             weight = weight.T.contiguous()
     plain.weight = nn.Parameter(weight)
     plain.bias = layer.bias
-    hooks = {key: value for key, value in vars(layer).items() if "hook" in key}  # that were put there since
-    vars(plain).update(hooks)
+    vars(plain).update({key: value for key, value in vars(layer).items() if "hook" in key})  # put there since
     return plain.train(layer.training).requires_grad_(False)
 
 
@@ -666,7 +672,7 @@ def svd_entropy(matrix: torch.Tensor, power: float = 2) -> float:
     et al. 2000) and hardly sees a long flat tail; power=1 (Roy & Vetterli 2007) counts the tail in full. At rank r both
     are at most ln r / ln min(out, in). `matrix` may also be its singular values (1-D). nan for zeros or a single value.
     """
-    sigma = matrix.detach().to(wide_dtype(matrix))
+    sigma = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
     if sigma.ndim == 2:
         sigma = torch.linalg.svdvals(sigma)
     p = (sigma / sigma.max()).double() ** power
@@ -697,15 +703,9 @@ class Block(nn.Module):
         n = config.n_embd
         self.n_head, self.gelu = config.n_head, config.gelu
         self.ln_1 = nn.LayerNorm(n)
-        self.attn = nn.ModuleDict({
-            "c_attn": nn.Linear(n, 3 * n),
-            "c_proj": nn.Linear(n, n),
-        })
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(n, 3 * n), "c_proj": nn.Linear(n, n)})
         self.ln_2 = nn.LayerNorm(n)
-        self.mlp = nn.ModuleDict({
-            "c_fc": nn.Linear(n, 4 * n),
-            "c_proj": nn.Linear(4 * n, n),
-        })
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(n, 4 * n), "c_proj": nn.Linear(4 * n, n)})
 
     def forward(self, x):
         B, T, C = x.shape
