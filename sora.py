@@ -252,8 +252,8 @@ class SORALinear(PreDiagLinear):
     def factors(self):
         sB = self.s * self.B
         K, P = rotation(self.C, self.E, self.exact)  # (out, 2 r_p) each, by `cayley`
-        dP = (self.d[:, None] * P).to(self.weight.dtype)  # so that a bfloat16 W0 is not copied to a wide one
-        PW = (dP.T @ self.weight).to(P.dtype)  # (2 r_p, in): Pᵀ diag(d) W0
+        Pd = (self.d[:, None] * P).to(self.weight.dtype)  # diag(d) P, so that a bfloat16 W0 is not copied to a wide one
+        PW = (Pd.T @ self.weight).to(P.dtype)  # (2 r_p, in): Pᵀ diag(d) W0
         PM = torch.addmm(PW, P.T @ sB, self.A)  # (2 r_p, in): Pᵀ (diag(d) W0 + sBA)
 
         U = torch.cat([sB, K], 1)  # (out, r + 2 r_p)
@@ -363,8 +363,8 @@ class OneProduct(torch.autograd.Function):
         colsum(dy ⊙ y) = g ⊙ dg + rowsum(U ⊙ dU) + b ⊙ db
 
     That needs y as it was, loses digits where g W0 x is a small part of y, and fades to 0 where |g| is near 10 eps
-    (`near_0`). So under autocast, which has few digits, when compiling, and where y was changed in place since, as by
-    nn.ReLU(inplace=True), it is dg = rowsum(dW' ⊙ W0), dU = dW' Vᵀ, dV = Uᵀ dW'. Two aliases tell of a change: y.data is
+    (`near_0`). So under autocast, which has few digits, when compiling, and where y was changed in place, as by an
+    inplace=True, it is dg = rowsum(dW' ⊙ W0), dU = dW' Vᵀ, dV = Uᵀ dW'. Two aliases tell of a change: y.data is
     y's memory with a count of changes of its own, so that it may be read after one; y.detach() shares y's count. What
     passes that count by, as y.data.add_(1), spoils dg. For second derivatives set MANY = math.inf.
     """
