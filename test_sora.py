@@ -60,6 +60,7 @@ from sora import (
 HERE = Path(__file__).parent
 METHODS = {cls.method: cls for cls in (LoRALinear, DoRALinear, PreDiagLinear, SORALinear)}  # without train_gpt's own
 ALL = pytest.mark.parametrize("method", METHODS)
+DIAGONAL = {"dora": "m", "prediag": "d", "sora": "d"}
 
 
 def rng(seed=0):
@@ -146,20 +147,24 @@ def test_outputs_gradients_and_merged_weight_equal_the_dense_formula(method, exa
 def test_initial_values(method):
     torch.manual_seed(0)
     layer = METHODS[method](linear(400, 100, dtype=torch.float32))
-    assert 0.95 < layer.A.abs().max() * 400**0.5 < 1 and not layer.B.any()
+    assert 0.95 < layer.A.abs().max() * 400**0.5 < 1
+    assert not layer.B.any()
     assert (layer.r, layer.s, layer.r_p, layer.exact) == (16, 2, 4, True)
     if method == "dora":
         torch.testing.assert_close(layer.m, layer.weight.norm(dim=1))
     if method in ("prediag", "sora"):
         assert torch.equal(layer.d, torch.ones(100))
     if method == "sora":
-        assert 0.95 < layer.C.abs().max() * 100**0.5 < 1 and torch.equal(layer.C, layer.E) and layer.C.shape == (100, 4)
+        assert 0.95 < layer.C.abs().max() * 100**0.5 < 1
+        assert torch.equal(layer.C, layer.E)
+        assert layer.C.shape == (100, 4)
 
 
 @ALL
 def test_the_largest_rank_is_the_smaller_side(method):
     layer = trained(METHODS[method](linear(7, 5), r=5))
-    assert layer.B.shape == (5, 5) and layer(torch.ones(7, dtype=torch.float64)).shape == (5,)
+    assert layer.B.shape == (5, 5)
+    assert layer(torch.ones(7, dtype=torch.float64)).shape == (5,)
 
 
 @ALL
@@ -169,7 +174,8 @@ def test_identity_at_the_start(method, dtype, exact):
     base = linear(7, 5, dtype=dtype)
     layer = METHODS[method](base, r=3, exact=exact)
     x = torch.randn(4, 7, generator=rng()).to(dtype)
-    assert torch.equal(layer.merged_weight(), base.weight) and not layer.delta().any()
+    assert torch.equal(layer.merged_weight(), base.weight)
+    assert not layer.delta().any()
     torch.testing.assert_close(layer(x), base(x), rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
     layer(x).square().sum().backward()
     moves = {name for name, p in layer.named_parameters() if p.grad is not None and p.grad.any()}
@@ -248,7 +254,7 @@ def test_a_diagonal_near_0_has_its_gradient_under_autocast(method, monkeypatch):
     """Few digits are no ground for Euler's identity, which divides by the diagonal."""
     layer = trained(METHODS[method](linear(64, 48, dtype=torch.float32), r=8), 0.1)
     x, dy = (torch.randn(600, n, generator=rng(n)) for n in (64, 48))
-    name = "m" if method == "dora" else "d"
+    name = DIAGONAL[method]
     with torch.no_grad():
         layer.get_parameter(name)[:6] = torch.tensor([0, 1e-6, -1e-4, 1e-3, 1e-2, -1e-1])
     exact = run_in(copy.deepcopy(layer).double(), x.double(), dy, 10**9)[name]
@@ -263,7 +269,8 @@ def test_dora_keeps_a_row_of_zeros():
         base.weight[2] = 0
     layer = DoRALinear(base, r=3)
     layer(torch.ones(1, 7, dtype=torch.float64)).sum().backward()
-    assert torch.equal(layer.merged_weight(), base.weight) and all(p.grad.isfinite().all() for p in (layer.B, layer.m))
+    assert torch.equal(layer.merged_weight(), base.weight)
+    assert all(p.grad.isfinite().all() for p in (layer.B, layer.m))
 
 
 def run_in(layer, x, dy, many):
@@ -368,7 +375,8 @@ def test_an_output_that_nobody_holds_is_freed(method, many, monkeypatch):
     graph, memory = y.grad_fn, StorageWeakRef(y.untyped_storage())
     assert not memory.expired()
     del y
-    assert memory.expired() and graph is not None
+    assert memory.expired()
+    assert graph is not None
 
 
 @pytest.mark.parametrize("train_weight", [True, False])
@@ -378,7 +386,8 @@ def test_what_else_is_trained_has_its_gradient_too(train_weight):
     layer.weight.requires_grad_(train_weight)
     x, dy = (torch.randn(4, n, dtype=torch.float64, generator=rng(n)) for n in (7, 5))
     one, plain = (run_in(layer, x, dy, many) for many in (1, 10**9))
-    assert ("weight" in one) == train_weight and "bias" in one
+    assert ("weight" in one) == train_weight
+    assert "bias" in one
     for name, value in plain.items():
         torch.testing.assert_close(one[name], value, rtol=1e-10, atol=1e-10)
 
@@ -416,8 +425,11 @@ def test_memory_of_a_layer_by_the_formula(method, n):
     """In float32: x, W', y where there is a diagonal, and what the factors keep, which is the same for any n."""
     n_in, n_out, r, r_p = 40, 30, 3, 2
     layer, x = trained(METHODS[method](linear(n_in, n_out, dtype=torch.float32), r=r, r_p=r_p)), torch.randn(n, n_in)
-    numbers = n * n_in + n_in * n_out + (n * n_out if method != "lora" else 0)
-    factors = (4 * r + 20 * r_p) * (n_in + n_out) + 10 * n_out + 1000 if method != "lora" else r * n_out
+    numbers = n * n_in + n_in * n_out
+    factors = r * n_out
+    if method != "lora":
+        numbers += n * n_out
+        factors = (4 * r + 20 * r_p) * (n_in + n_out) + 10 * n_out + 1000
     assert 4 * numbers <= kept_for_backward(layer, x) <= 4 * (numbers + factors)
 
 
@@ -485,7 +497,8 @@ def test_a_training_step_never_waits_for_the_device(method, dtype, monkeypatch):
         train_gpt.train_step(model, forward, optimizer, tokens(4, 9), 1e-3, run)
     waits = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2", "item",
              "_linalg_check_errors", "bincount", "argwhere"}
-    assert len(step.names) > 50 and not waits & set(step.names)
+    assert len(step.names) > 50
+    assert not waits & set(step.names)
 
 
 @ALL
@@ -502,7 +515,8 @@ def test_forward_forms_a_dense_update_for_the_norm_of_dora_alone(method):
 
     with Watch():
         layer(torch.randn(4, 11, dtype=torch.float64))
-    assert (4, 13) in shapes and bool({(11, 13), (13, 11)} & set(shapes)) == (method == "dora")
+    assert (4, 13) in shapes
+    assert bool({(11, 13), (13, 11)} & set(shapes)) == (method == "dora")
 
 
 # --------------------------------------------------------------------------------------------------------- the rotation
@@ -550,7 +564,8 @@ def test_the_first_order_rotation_only_stretches():
     S, I = K @ P.T, torch.eye(6, dtype=torch.float64)
     torch.testing.assert_close(S.T, -S)
     torch.testing.assert_close((I + S).T @ (I + S), I - S @ S)
-    assert torch.linalg.svdvals(I + S).min() > 1 - 1e-12 and torch.linalg.svdvals(I + S).max() > 1.01
+    assert torch.linalg.svdvals(I + S).min() > 1 - 1e-12
+    assert torch.linalg.svdvals(I + S).max() > 1.01
 
 
 @pytest.mark.parametrize("of_C, of_E", [(0.1, 0.2), (0.9, 0.2), (3, 5), (0, 0.5), (0, 4), (4, 0), (0, 0)])
@@ -570,7 +585,8 @@ def test_gradient_of_the_rotation(of_C, of_E):
         found, wanted = (torch.autograd.grad(f(C, E)[i].sin().sum(), (C, E)) for f in (rotation, sora.cayley))
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
     if of_C and of_E:  # a norm has no derivative at 0
-        assert torch.autograd.gradcheck(rotation, (C, E)) and torch.autograd.gradgradcheck(rotation, (C, E))
+        assert torch.autograd.gradcheck(rotation, (C, E))
+        assert torch.autograd.gradgradcheck(rotation, (C, E))
 
 
 # --------------------------------------------------------------------------------------------------------- the spectrum
@@ -589,7 +605,8 @@ def test_entropies_of_known_spectra():
         for matrix in (sigma, Q @ torch.diag(sigma) @ P.T, 1e-30 * (P @ torch.diag(sigma) @ Q).float()):
             assert sora.svd_entropy(matrix) == sora.svd_entropy(matrix, 2) == pytest.approx(energy, abs=1e-5)
             assert sora.svd_entropy(matrix, 1) == pytest.approx(flat, abs=1e-5)
-    assert math.isnan(sora.svd_entropy(torch.zeros(3, 4))) and math.isnan(sora.svd_entropy(torch.ones(1, 4)))
+    assert math.isnan(sora.svd_entropy(torch.zeros(3, 4)))
+    assert math.isnan(sora.svd_entropy(torch.ones(1, 4)))
 
 
 # --------------------------------------------------------------------------------------------------------- the plumbing
@@ -597,7 +614,8 @@ def test_entropies_of_known_spectra():
 
 def train(model, steps=3, batch=None):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    batch = tokens(4, 9) if batch is None else batch
+    if batch is None:
+        batch = tokens(4, 9)
     for _ in range(steps):
         model(batch[:, :-1], batch[:, 1:]).backward()
         optimizer.step()
@@ -626,7 +644,8 @@ def test_training_changes_the_adapter_alone_and_merging_is_exact(method):
     y = model(x)
     assert (y - base(x)).abs().max() > 1e-2
     assert not any(m.training for m in adapt(copy.deepcopy(base).eval(), method, r=2).modules())
-    assert merge(model) is model and {type(m) for m in model.modules() if hasattr(m, "in_features")} == {nn.Linear}
+    assert merge(model) is model
+    assert {type(m) for m in model.modules() if hasattr(m, "in_features")} == {nn.Linear}
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
     assert not any(m.training or p.requires_grad for m in model.modules() for p in m.parameters())
     once = copy.deepcopy(model.state_dict())
@@ -639,7 +658,8 @@ def test_targets_match_whole_dotted_parts():
     def adapted(targets):
         return [name for name, m in adapt(tiny_gpt(), "lora", r=2, targets=targets).named_modules() if hasattr(m, "A")]
 
-    assert len(adapted(None)) == 8 and not any("lm_head" in name for name in adapted(None))
+    assert len(adapted(None)) == 8
+    assert not any("lm_head" in name for name in adapted(None))
     assert adapted(["mlp.c_proj"]) == adapted("mlp.c_proj") == [f"transformer.h.{i}.mlp.c_proj" for i in (0, 1)]
     assert adapted(["transformer.h.1.attn.c_attn"]) == ["transformer.h.1.attn.c_attn"]
     assert len(adapted(["c_proj", "mlp.c_proj", "c_fc"])) == 6
@@ -661,7 +681,8 @@ def test_errors_name_what_exists_and_change_nothing():
     ]:
         with pytest.raises(error, match=text):
             adapt(model, **options)
-        assert model.state_dict().keys() == before and all(p.requires_grad for p in model.parameters())
+        assert model.state_dict().keys() == before
+        assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match=r"targets \['every nn.Linear'\] match nothing: choose among \[\]"):
         adapt(nn.Sequential(nn.Conv2d(1, 1, 1)))
     with pytest.raises(TypeError, match="0.out_proj: NonDynamicallyQuantizableLinear.* is no plain"):
@@ -715,9 +736,11 @@ def test_an_adapted_layer_is_called_as_nn_linear_is(method):
 def test_a_shared_layer_stays_shared():
     shared = nn.Linear(4, 4)
     model = adapt(nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)}), r=2)
-    assert model["a"] is model["b"][0] and isinstance(model["a"], SORALinear)
+    assert model["a"] is model["b"][0]
+    assert isinstance(model["a"], SORALinear)
     state = adapter_state_dict(trained(model))
-    assert torch.equal(merge(model)["a"].weight, model["b"][0].weight) and model["a"] is model["b"][0]
+    assert torch.equal(merge(model)["a"].weight, model["b"][0].weight)
+    assert model["a"] is model["b"][0]
     fresh = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
     assert torch.equal(merge(load_adapter(fresh, state))["a"].weight, model["a"].weight)
 
@@ -745,7 +768,8 @@ def test_an_adapter_travels_alone(method, tmp_path):
             load_adapter(base, state | {"trained": trained_state})
     with pytest.raises(ValueError, match="no adapter_state_dict"):
         load_adapter(base, base.state_dict())
-    assert type(base.transformer.h[0].mlp.c_fc) is nn.Linear and base.transformer.h[0].mlp.c_fc.weight.requires_grad
+    assert type(base.transformer.h[0].mlp.c_fc) is nn.Linear
+    assert base.transformer.h[0].mlp.c_fc.weight.requires_grad
 
     for wrong, text in [(tiny_gpt(seed=1), "W0 differ from those the adapter was trained on"),
                         (adapt(tiny_gpt(), method, r=3, r_p=3), "r=2, the model r=3"),
@@ -766,7 +790,8 @@ def test_unmerge_gives_the_base_back(method, dtype):
                   merge(trained(adapt(copy.deepcopy(base), method, r=2)), keep=True)):
         assert (model(x) - base(x)).abs().max() > 1e-2
         assert not any("W0" in name for name in model.state_dict())
-        assert unmerge(model) is model and torch.equal(model(x), base(x))
+        assert unmerge(model) is model
+        assert torch.equal(model(x), base(x))
         assert model.state_dict().keys() == base.state_dict().keys()
         assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
         with pytest.raises(ValueError, match=r"the model holds no W0: .* merge\(model, keep=True\)"):
@@ -982,7 +1007,8 @@ def test_one_product_under_autocast_is_as_exact_as_the_plain_form(method):
     exact = run_in(copy.deepcopy(layer).double(), x.double(), dy, 10**9)
     with torch.autocast("cpu", torch.bfloat16):
         one, plain = (run_in(layer, x.float(), dy, many) for many in (1, 10**9))
-    assert one["y"].dtype == plain["y"].dtype == torch.bfloat16 and one["B"].dtype == torch.float32
+    assert one["y"].dtype == plain["y"].dtype == torch.bfloat16
+    assert one["B"].dtype == torch.float32
     assert not torch.equal(one["y"], plain["y"])
     for name, value in exact.items():
         errors = [(form[name].double() - value).norm() / value.norm() for form in (one, plain)]
@@ -1002,7 +1028,7 @@ def test_a_large_bias_leaves_the_gradient_of_the_diagonal_right(method):
     exact = run_in(copy.deepcopy(layer).double(), x.double(), dy, 10**9)
     with torch.autocast("cpu", torch.bfloat16):
         one = run_in(layer, x, dy, 1)
-    name = "m" if method == "dora" else "d"
+    name = DIAGONAL[method]
     assert (one[name].double() - exact[name]).norm() < 0.03 * exact[name].norm()
 
 
@@ -1011,7 +1037,8 @@ def test_the_update_has_all_its_digits_under_autocast(method):
     layer = trained(METHODS[method](linear(dtype=torch.float32), r=3))
     with torch.autocast("cpu", torch.bfloat16):
         delta, merged = layer.delta(), layer.merged_weight()
-    assert torch.equal(delta, layer.delta()) and torch.equal(merged, layer.merged_weight())
+    assert torch.equal(delta, layer.delta())
+    assert torch.equal(merged, layer.merged_weight())
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (7, 2, 3), (7, 2, 2, 3)])
@@ -1023,7 +1050,8 @@ def test_only_a_change_by_others_counts_as_one(shape):
         node = y.grad_fn
         assert node.counter._version == node.before
         y.add_(1)
-        assert node.counter._version > node.before and not node.counter.numel()
+        assert node.counter._version > node.before
+        assert not node.counter.numel()
 
 
 @ALL
@@ -1043,7 +1071,8 @@ def test_dtypes(method):
         layer(torch.randn(3, 8))
         layer.delta()
     del layer.factors
-    assert len(seen) == 2 and all(torch.equal(a, b) for s in seen for a, b in zip(s, expected) if b is not None)
+    assert len(seen) == 2
+    assert all(torch.equal(a, b) for s in seen for a, b in zip(s, expected) if b is not None)
     with torch.autocast("cpu", torch.bfloat16):
         assert wide.transformer.h[0].mlp.c_fc(torch.randn(3, 8)).dtype == torch.bfloat16
         mixed = wide(x)
@@ -1204,7 +1233,8 @@ def test_inputs_of_every_form_and_layout(method, many, monkeypatch):
             torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
             assert x.numel() or not a.any()
         with torch.no_grad():
-            assert torch.equal(layer(x), layer(leaf)) and not layer(leaf).requires_grad
+            assert torch.equal(layer(x), layer(leaf))
+            assert not layer(leaf).requires_grad
         with torch.inference_mode():
             torch.testing.assert_close(layer(x.clone()), expected)
 
@@ -1242,7 +1272,8 @@ def test_the_transforms_of_torch_func(method, many, monkeypatch):
 def test_pickled_copied_and_averaged(method):
     model, x = trained(adapt(tiny_gpt(), method, r=2, r_p=2), 0.1), tokens(3, 8)
     again = pickle.loads(pickle.dumps(model))
-    assert torch.equal(again(x), model(x)) and str(adapter_state_dict(again)) == str(adapter_state_dict(model))
+    assert torch.equal(again(x), model(x))
+    assert str(adapter_state_dict(again)) == str(adapter_state_dict(model))
     average = torch.optim.swa_utils.AveragedModel(model)
     average.update_parameters(model)
     average.update_parameters(trained(model, 0.1, seed=2))
@@ -1267,7 +1298,10 @@ def with_update_of(ratio, method, dtype):
             for name, p in start.items():
                 layer.get_parameter(name).copy_(p.lerp(end[name], middle))
         too_much = layer.delta().norm() > ratio * layer.weight.float().norm()
-        low, high = (low, middle) if too_much else (middle, high)
+        if too_much:
+            high = middle
+        else:
+            low = middle
     return nn.Sequential(layer)
 
 
@@ -1295,7 +1329,9 @@ def test_merging_into_16_bits_says_what_it_loses(method, recwarn):
         delta = wide[0].delta().double()
         kept = (merge(wide)[0].weight.double() - W0 - delta).norm() / delta.norm()
         print(f", after float() {kept:.0e}")
-        assert wide[0].weight.dtype == torch.float32 and kept < 1e-3 * lost and not len(recwarn)
+        assert wide[0].weight.dtype == torch.float32
+        assert kept < 1e-3 * lost
+        assert not len(recwarn)
     merge(adapt(nn.Sequential(nn.Linear(8, 8).bfloat16()), method, r=2))
     assert not len(recwarn)  # nothing trained, nothing lost
 
@@ -1309,14 +1345,17 @@ def test_on_the_meta_device(method, many, monkeypatch):
         base, x = tiny_gpt(), torch.zeros(3, 8, dtype=torch.int64)
     real = trained(adapt(tiny_gpt(), method, r=2, r_p=2))
     model = adapt(base, method, r=2, r_p=2)
-    assert model(x).shape == (3, 8, 11) and model(x).is_meta
+    assert model(x).shape == (3, 8, 11)
+    assert model(x).is_meta
     model(x).sum().backward()
     layer = model.transformer.h[0].mlp.c_fc
-    assert layer.B.grad.shape == layer.B.shape and layer.delta().shape == layer.merged_weight().shape == (32, 8)
+    assert layer.B.grad.shape == layer.B.shape
+    assert layer.delta().shape == layer.merged_weight().shape == (32, 8)
     for refused in (merge, adapter_state_dict, lambda model: load_adapter(model, adapter_state_dict(real))):
         with pytest.raises(RuntimeError, match="meta tensor") as error:
             refused(model)
-        assert "\n" not in str(error.value) and type(model.transformer.h[0].mlp.c_fc) is METHODS[method]
+        assert "\n" not in str(error.value)
+        assert type(model.transformer.h[0].mlp.c_fc) is METHODS[method]
     model.to_empty(device="cpu").load_state_dict(real.state_dict())
     for name, buffer in real.named_buffers():
         model.get_buffer(name).copy_(buffer)  # which are in no state_dict
@@ -1362,7 +1401,8 @@ def test_odd_states_are_refused_and_change_nothing():
             with pytest.raises(ValueError if isinstance(odd, dict) else (ValueError, TypeError)) as error:
                 load_adapter(model, odd)
             assert "\n" not in str(error.value) and len(str(error.value)) < 400, error.value
-            assert model.state_dict().keys() == before.keys() and grads == [p.requires_grad for p in model.parameters()]
+            assert model.state_dict().keys() == before.keys()
+            assert grads == [p.requires_grad for p in model.parameters()]
             assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
             tried += 1
     print(f"{tried} odd states")
@@ -1576,7 +1616,8 @@ def test_hostile_files_are_refused_without_harm(tmp_path, monkeypatch):
         tracemalloc.stop()
     save(copy.deepcopy(whole).bfloat16().checkpoint(), "narrow.pt")
     assert {p.dtype for p in GPT.from_pretrained("narrow.pt").parameters()} == {torch.float32}
-    assert not Path("harm").exists() and torch.equal(GPT.from_pretrained("whole.safetensors")(x), whole(x))
+    assert not Path("harm").exists()
+    assert torch.equal(GPT.from_pretrained("whole.safetensors")(x), whole(x))
     print(f"{len(tried)} hostile files")
     assert len(tried) > 350
 
@@ -1623,7 +1664,8 @@ def test_the_upper_part_stands_alone(method, many, upper, monkeypatch):
     model(x).square().sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     y, state = trained(model)(x), upper.adapter_state_dict(model)
-    assert type(model[0]) is upper.METHODS[method] and not isinstance(model[0], sora.DiagonalPlusLowRank)
+    assert type(model[0]) is upper.METHODS[method]
+    assert not isinstance(model[0], sora.DiagonalPlusLowRank)
     assert 0 < upper.svd_entropy(model[0].delta()) < 1
     assert torch.equal(upper.load_adapter(copy.deepcopy(base), state)(x), y)
     torch.testing.assert_close(upper.merge(model, keep=True)(x), y, rtol=1e-4, atol=1e-4)
@@ -1642,7 +1684,8 @@ def test_gpt_is_causal():
     changed = x.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 11
     a, b = model(x), model(changed)
-    assert torch.equal(a[:, :5], b[:, :5]) and (a[:, 5:] - b[:, 5:]).abs().amax((0, 2)).min() > 0
+    assert torch.equal(a[:, :5], b[:, :5])
+    assert (a[:, 5:] - b[:, 5:]).abs().amax((0, 2)).min() > 0
 
 
 def test_gpt_by_hand():
@@ -1673,16 +1716,20 @@ def test_gpt_ties_its_head_generates_and_saves(tmp_path):
     model, x = tiny_gpt(), tokens(2, 3)
     assert model.lm_head.weight is model.transformer.wte.weight
     adapt(model, r=2)
-    assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.transformer.wte.weight
+    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight is model.transformer.wte.weight
     merge(model)
     a, b = (model.generate(x, 10, generator=rng(5)) for _ in range(2))
-    assert a.shape == (2, 13) and torch.equal(a, b) and torch.equal(a[:, :3], x)
+    assert a.shape == (2, 13)
+    assert torch.equal(a, b)
+    assert torch.equal(a[:, :3], x)
     assert torch.equal(model.generate(x, 1, temperature=1e-6)[:, -1], model(x)[:, -1].argmax(-1))
     with pytest.raises(ValueError, match="9 tokens are more than the context of 8"):
         model(tokens(1, 9))
     sora.save(model.half().checkpoint(), tmp_path / "base.pt")
     again = GPT.from_pretrained(tmp_path / "base.pt")
-    assert os.listdir(tmp_path) == ["base.pt"] and again.lm_head.weight is again.transformer.wte.weight
+    assert os.listdir(tmp_path) == ["base.pt"]
+    assert again.lm_head.weight is again.transformer.wte.weight
     assert torch.equal(again.transformer.wte.weight, model.float().transformer.wte.weight)
     sora.save(merge(trained(adapt(again, "lora", r=2, targets=["lm_head"]))).checkpoint(), tmp_path / "untied.pt")
     assert torch.equal(GPT.from_pretrained(tmp_path / "untied.pt")(x), again(x))
@@ -1701,7 +1748,8 @@ def test_the_loss_keeps_logits_only_where_they_fit_in_a_chunk(chunk, kept_whole,
     expected = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), targets.flatten())
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         loss = model(x[:, :-1], targets)
-    assert kept and any(shape[-1:] == (11,) for shape in kept) == kept_whole
+    assert kept
+    assert any(shape[-1:] == (11,) for shape in kept) == kept_whole
     with torch.no_grad():
         torch.testing.assert_close(model(x[:, :-1], targets), expected, rtol=near, atol=0)
     wanted, losses = torch.autograd.grad(expected * 3, weights), [loss]
@@ -1788,7 +1836,8 @@ def test_nanogpt(bias, tmp_path):
                 "best_val_loss": torch.tensor(1.0)}, tmp_path / "ckpt.pt")
     model = GPT.from_pretrained(tmp_path / "ckpt.pt")
     torch.testing.assert_close(model(x), theirs(x).logits, rtol=0, atol=1e-4)
-    assert model.config.vocab_size == 64 and all(p.requires_grad for p in model.parameters())
+    assert model.config.vocab_size == 64
+    assert all(p.requires_grad for p in model.parameters())
 
 
 class Harmful:
@@ -1859,7 +1908,9 @@ def test_gpt2_is_downloaded_once_and_compared(tmp_path, monkeypatch):
     digest = hashlib.sha256(content).hexdigest()
     monkeypatch.setitem(sora.GPT2, "gpt2", (*sora.GPT2["gpt2"][:4], digest))
     again = GPT.from_pretrained("gpt2")
-    assert torch.equal(again(x), state(x)) and len(asked) == 3 and len({*asked}) == 1
+    assert torch.equal(again(x), state(x))
+    assert len(asked) == 3
+    assert len({*asked}) == 1
     assert asked[0] == ("https://huggingface.co/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/"
                         "model.safetensors")
     (cache / "model.safetensors").write_bytes(content[:-1] + b"x")
@@ -1918,11 +1969,16 @@ def test_train_gpt_from_end_to_end(tmp_path):
         assert row["settings"]["lr"] == (2e-3 if row["method"] == "full" else 1e-2)
         assert row["start"] == pytest.approx(start, abs=1e-4)
         assert row["merged"] == pytest.approx(row["loss"], abs=1e-3)
-        assert row["ms"] > 0 and row["relative"] > 0 and row["trainable"] == sizes[row["method"]]
+        assert row["ms"] > 0
+        assert row["relative"] > 0
+        assert row["trainable"] == sizes[row["method"]]
         if row["method"] == "frozen":
-            assert row["change"] == 0 and "entropy2" not in row
+            assert row["change"] == 0
+            assert "entropy2" not in row
         else:
-            assert row["loss"] < row["start"] and row["change"] > 0 and row["spectrum"][0] > -1
+            assert row["loss"] < row["start"]
+            assert row["change"] > 0
+            assert row["spectrum"][0] > -1
             assert 0 < row["entropy2"] < row["entropy1"] < 1
     table = next(part for part in done.stdout.split("\n\n") if part.startswith("method")).splitlines()
     assert [line.split()[0] for line in table] == ["method", "(base)", *names]
@@ -1982,7 +2038,9 @@ def test_train_gpt_says_what_is_wrong_in_one_line(mistake, tmp_path, monkeypatch
     with pytest.raises(SystemExit) as stop:
         train_gpt.main()
     out, error = capsys.readouterr()
-    assert stop.value.code == 2 and not out and error.count("\n") == 1
+    assert stop.value.code == 2
+    assert not out
+    assert error.count("\n") == 1
     assert re.match(f"train_gpt.py: {message}", error), error
 
 
@@ -1999,16 +2057,21 @@ def test_train_gpt_with_gpt2_offline(tmp_path):
     state = tiny_gpt(vocab_size=50257, block_size=1024, n_embd=64, n_head=1).gpt2_state_dict()
     write_safetensors(tmp_path / said[1], {name: p for name, p in state.items() if "lm_head" not in name})
     refused = run(*small, **options)
-    assert refused.returncode == 2 and "sha256" in refused.stderr and refused.stderr.count("\n") == 1
+    assert refused.returncode == 2
+    assert "sha256" in refused.stderr
+    assert refused.stderr.count("\n") == 1
     done = run(*small, "--init", said[1], "--sample", "20", **options)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert "vocab_size=50257" in done.stdout and "first 2,048 tokens" in done.stdout and "\nsora " in done.stdout
+    assert "vocab_size=50257" in done.stdout
+    assert "first 2,048 tokens" in done.stdout
+    assert "\nsora " in done.stdout
 
 
 def test_train_gpt_compares_with_peft(tmp_path, monkeypatch, capsys):
     if not train_gpt.find_spec("peft"):
         done = run("--methods", "peft-lora")
-        assert done.returncode == 2 and "needs the package peft: pip install peft" in done.stderr
+        assert done.returncode == 2
+        assert "needs the package peft: pip install peft" in done.stderr
         return
     names = ["lora", "dora", "peft-lora", "peft-dora"]
     flags = "--methods", ",".join(names), "--json", str(tmp_path / "all.json"), "--curve", "2"
@@ -2018,13 +2081,17 @@ def test_train_gpt_compares_with_peft(tmp_path, monkeypatch, capsys):
     for mine, theirs in zip(names[:2], names[2:]):
         assert rows[mine]["trainable"] == rows[theirs]["trainable"]
         assert rows[mine]["start"] == pytest.approx(rows[theirs]["start"], abs=1e-4)
-        assert rows[theirs]["loss"] < rows[theirs]["start"] and rows[theirs]["ms"] > 0
-        assert rows[mine]["curve"] and not rows[theirs]["curve"]  # whose update is not known
+        assert rows[theirs]["loss"] < rows[theirs]["start"]
+        assert rows[theirs]["ms"] > 0
+        assert rows[mine]["curve"]
+        assert not rows[theirs]["curve"]  # whose update is not known
     monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, "--methods", "peft-lora", "--targets", "nope"])
     with pytest.raises(SystemExit) as stop:
         train_gpt.main()
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("train_gpt.py: --methods peft-lora: ") and error.count("\n") == 1
+    assert stop.value.code == 2
+    assert error.startswith("train_gpt.py: --methods peft-lora: ")
+    assert error.count("\n") == 1
 
 
 EACH = pytest.mark.parametrize("method", [name for name in train_gpt.METHODS
@@ -2067,9 +2134,11 @@ def test_what_is_frozen_is_shared_with_the_base_and_left_alone(method):
             adapted += [name] * (type(mine) is not type(layer))
     assert len(adapted) == (0 if method in ("full", "frozen") else 8)
     mine = {p.untyped_storage().data_ptr() for p in model.parameters() if p.requires_grad}
-    assert mine and not mine & storages(base)
+    assert mine
+    assert not mine & storages(base)
     if method == "full":
-        assert mine == storages(model) and len(mine) == len(storages(base))
+        assert mine == storages(model)
+        assert len(mine) == len(storages(base))
 
     before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
     for _ in range(2):  # A has no gradient in the first step
@@ -2216,18 +2285,23 @@ def test_markdown(capsys):
     train_gpt.print_markdown(results)
     table, *parts = capsys.readouterr().out.strip().split("\n\n")
     charts, legends = [part for part in parts if "```" in part], [part for part in parts if "```" not in part]
-    assert len(legends) == 4 and all(legend.endswith(": lora blue, sora orange") for legend in legends)
+    assert len(legends) == 4
+    assert all(legend.endswith(": lora blue, sora orange") for legend in legends)
     rows = [line.strip("|").split("|") for line in table.splitlines()]
     assert [row[0].strip() for row in rows] == ["method", "---", "(base)", "lora", "sora", "frozen"]
-    assert len({len(row) for row in rows}) == 1 and rows[3][2].strip() == "4.000 ± 2.000"
+    assert len({len(row) for row in rows}) == 1
+    assert rows[3][2].strip() == "4.000 ± 2.000"
     assert len(charts) == 5
     for chart, n in zip(charts, [2, train_gpt.POINTS, 2, 2, 2]):
         first, init, kind, title, x, *marks, last = chart.splitlines()
-        assert (first, kind, last) == ("```mermaid", "xychart-beta", "```") and json.loads(init[9:-3])["themeVariables"]
+        assert (first, kind, last) == ("```mermaid", "xychart-beta", "```")
+        assert json.loads(init[9:-3])["themeVariables"]
         assert len(json.loads(x.removeprefix("    x-axis "))) == n
-        assert title.startswith('    title "') and title.endswith('"')
+        assert title.startswith('    title "')
+        assert title.endswith('"')
         for mark in marks:
-            assert re.fullmatch(r" +(bar|line) \[.*\]", mark) and mark.count(",") < n
+            assert re.fullmatch(r" +(bar|line) \[.*\]", mark)
+            assert mark.count(",") < n
     assert charts[0].splitlines()[5:8] == ["    bar [4, 3]", "    line [2, 1]", "    line [6, 6]"]
     train_gpt.print_markdown({"(base)": [{"loss": 4.0}]})
     assert "mermaid" not in capsys.readouterr().out
@@ -2246,8 +2320,10 @@ def test_what_is_tuned_on_is_neither_trained_on_nor_judged_by():
     again, tuning = train_gpt.load_data(parsed(*flags, "--tuning"), vocabulary)
     text = torch.tensor(vocabulary.encode_ordinary((HERE / "data/shakespeare.txt").read_text(encoding="utf-8")))
     n = len(text)
-    assert torch.equal(data, again) and torch.equal(data, text[:n * 8 // 10])
-    assert torch.equal(tuning[0], text[n * 8 // 10:][:129]) and torch.equal(final[0], text[n * 9 // 10:][:129])
+    assert torch.equal(data, again)
+    assert torch.equal(data, text[:n * 8 // 10])
+    assert torch.equal(tuning[0], text[n * 8 // 10:][:129])
+    assert torch.equal(final[0], text[n * 9 // 10:][:129])
     assert not any(torch.equal(a, b) for a in final for b in tuning)
 
 
@@ -2259,7 +2335,8 @@ def test_the_way_there_is_recorded(tmp_path, monkeypatch, capsys):
     for row in rows_of("all.json"):
         assert [point["step"] for point in row["curve"]] == [2, 4, 6, 8, 10]
         assert all(math.isfinite(point["loss"]) for point in row["curve"])
-        assert row["curve"][-1]["change"] == row["change"] and row["curve"][-1].get("entropy1") == row.get("entropy1")
+        assert row["curve"][-1]["change"] == row["change"]
+        assert row["curve"][-1].get("entropy1") == row.get("entropy1")
     assert capsys.readouterr().out.count("```mermaid") == 5
 
 
@@ -2301,7 +2378,8 @@ def test_train_gpt_in_bfloat16(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *flags])
     train_gpt.main()
     rows, printed = rows_of("all.json"), capsys.readouterr().out
-    assert "bfloat16\n" in printed and [row["method"] for row in rows] == ["full", "sora", "frozen"]
+    assert "bfloat16\n" in printed
+    assert [row["method"] for row in rows] == ["full", "sora", "frozen"]
     assert [name for name, _ in samples(printed)] == ["(base)", "full", "sora", "frozen"]
     for row in rows:
         assert row["loss"] == pytest.approx(row["merged"], abs=0.01)
@@ -2322,7 +2400,8 @@ def test_train_gpt_ends_with_its_table_whatever_happens(tmp_path):
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert "diverged at step 2: choose a lower rate than --lr full=1e+30" in done.stdout
     assert re.search(r"\nfull +[\d,]+ +- +[\d.]+ +- +- +- +diverged at step 2, 2\n", done.stdout)
-    assert re.search(r"\nlora .* \? 0", done.stdout) and re.search(r"\nfull +-\n", done.stdout)
+    assert re.search(r"\nlora .* \? 0", done.stdout)
+    assert re.search(r"\nfull +-\n", done.stdout)
     assert [row["loss"] is None for row in rows_of(tmp_path / "all.json")] == [True, True, False, False]
 
 
@@ -2335,12 +2414,20 @@ def test_each_row_is_appended_as_a_line_of_json(tmp_path, monkeypatch):
     assert "NaN" not in Path("all.json").read_text()
     earlier, full, lora = rows_of("all.json")
     assert earlier == {"of": "an earlier run"}
-    assert full["loss"] is None and "diverged" in full["note"] and math.isfinite(lora["loss"])
+    assert full["loss"] is None
+    assert "diverged" in full["note"]
+    assert math.isfinite(lora["loss"])
     for row, name in [(full, "full"), (lora, "lora")]:
         settings = row["settings"]
-        assert row["method"] == name and row["seed"] == 0 and row["start"] > 0 and row["ms"] > 0
-        assert settings["lr"] == {"full": 1e30, "lora": 1e-2}[name] and settings["r"] == 2
-        assert settings["torch"] == torch.__version__ and settings["device"] == "cpu" and settings["exact"] is False
+        assert row["method"] == name
+        assert row["seed"] == 0
+        assert row["start"] > 0
+        assert row["ms"] > 0
+        assert settings["lr"] == {"full": 1e30, "lora": 1e-2}[name]
+        assert settings["r"] == 2
+        assert settings["torch"] == torch.__version__
+        assert settings["device"] == "cpu"
+        assert settings["exact"] is False
         assert settings.keys() >= vars(train_gpt.arguments()).keys() - {"methods"}
 
 
@@ -2352,7 +2439,8 @@ def test_the_table_of_a_large_model_fits_and_is_explained(capsys):
     table, legend = capsys.readouterr().out.strip().split("\n\n")
     head, base, *rows = table.splitlines()
     assert re.split("  +", head) == ["method", *train_gpt.COLUMNS, "spectrum"]
-    assert len(rows) == 3 and re.search("2.705 ± 0.007 .* 123,456 .* █", rows[0])
+    assert len(rows) == 3
+    assert re.search("2.705 ± 0.007 .* 123,456 .* █", rows[0])
     assert base.split()[:3] == ["(base)", "-", "2.700"]
     for title in [*train_gpt.COLUMNS, "spectrum"]:
         assert re.search(f"^{re.escape(title)}  ", legend, re.MULTILINE), title
@@ -2376,14 +2464,16 @@ def test_the_second_gpu_is_asked_where_it_is_meant(monkeypatch, capsys):
     monkeypatch.setattr(train_gpt, "evaluate", lambda *_: 2.5)  # what would need the device
     monkeypatch.setattr(train_gpt, "batches", lambda *_: [])
     row, _ = train_gpt.fine_tune(base, next(train_gpt.runs(args)), 0, tokens(99), tokens(4, 9))
-    assert row["memory"] == 3 and asked.keys() == {"get_device_name", "reset_peak_memory_stats", "max_memory_allocated"}
+    assert row["memory"] == 3
+    assert asked.keys() == {"get_device_name", "reset_peak_memory_stats", "max_memory_allocated"}
     assert {*asked.values()} == {args.device}
 
 
 def test_every_flag_has_help_and_a_default():
     done = run("--help")
     flags = re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE)
-    assert {"--init", "--lr", "--json", "--r-p", "--compile"} <= set(flags) and len(flags) == 26
+    assert {"--init", "--lr", "--json", "--r-p", "--compile"} <= set(flags)
+    assert len(flags) == 26
     assert " ".join(done.stdout.split()).count("(default: ") == len(flags)
     assert "full,lora,lora:r=7,dora" in "".join(done.stdout.split())
 
@@ -2568,7 +2658,8 @@ def test_where_memory_ends_what_has_finished_is_printed_and_one_line_helps(error
         line = r"train_gpt.py: out of memory: lower --batch-size or --block-size, or ask for fewer --methods .*\n"
         assert stop.value.code == 2 and re.fullmatch(line, said), said
     else:
-        assert stop.value is error and not said
+        assert stop.value is error
+        assert not said
 
 
 def test_a_row_that_diverges_stops_alone_and_tells_its_step(small, monkeypatch, capsys):
@@ -2606,11 +2697,13 @@ def test_a_row_that_diverges_stops_alone_and_tells_its_step(small, monkeypatch, 
         assert [name for name, _ in samples(printed)] == ["(base)", *whole]
         if wrong_step:
             told = min(wrong_step + (kind == "gradient"), steps)
-            assert rows["lora"]["diverged"] == told and rows["lora"]["loss"] is None
+            assert rows["lora"]["diverged"] == told
+            assert rows["lora"]["loss"] is None
             assert f"diverged at step {told}: choose a lower rate than --lr lora=0.01" in printed
             assert table_of(printed)["lora"].endswith(f" diverged at step {told}")
             assert printed.count("diverged at step") == 2  # in its own line and in the table
-    assert len(losses) == 1 and math.isfinite(sum(*losses))
+    assert len(losses) == 1
+    assert math.isfinite(sum(*losses))
     print(f"{len(cases)} cases")
 
 
@@ -2624,7 +2717,8 @@ def test_a_full_disk_is_told_before_anything_is_trained(small, monkeypatch, caps
         with pytest.raises(SystemExit) as stop:
             small("--save", "out", "--methods", methods, "--seeds", seeds)
         out, error = capsys.readouterr()
-        assert stop.value.code == 2 and not out
+        assert stop.value.code == 2
+        assert not out
         told = f"it may take {models * model:,} bytes, more than are free there"
         assert error == f"train_gpt.py: --save out: {told}\n"
 
@@ -2640,7 +2734,8 @@ def test_rows_stay_where_the_disk_fills_up(small, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             small(*flags.split(), "--methods", "full,lora")
         out, error = capsys.readouterr()
-        assert stop.value.code == 2 and table_of(out).keys() == {"method", "(base)", "full"}
+        assert stop.value.code == 2
+        assert table_of(out).keys() == {"method", "(base)", "full"}
         assert error == f"train_gpt.py: {flags}: [Errno 28] No space left on device\n"
     assert os.listdir("out") == ["full.pt"]
 
@@ -2707,7 +2802,9 @@ def killed_saves():
         time.sleep(moments.uniform(0, 0.01))
         kill(process)
         x = torch.load("state.pt", weights_only=True)["x"]
-        assert len(x) == 2**18 and (x == x[0]).all() and x[0] >= last
+        assert len(x) == 2**18
+        assert (x == x[0]).all()
+        assert x[0] >= last
         last = x[0].item()
         left += Path("state.pt.tmp").exists()
     assert last >= 40
@@ -2734,7 +2831,8 @@ def killed_runs():
         written = {(row["method"], row["seed"]) for row in rows if row["settings"]["alpha"] == i}
         announced = re.findall(r"^(\w+) +seed (\d+)  validation loss .* saved as (\S+)\n",
                                Path(f"printed-{i}").read_text(), re.MULTILINE)
-        assert text[-1:] in ("", "\n") and written >= {(name, int(seed)) for name, seed, _ in announced}
+        assert text[-1:] in ("", "\n")
+        assert written >= {(name, int(seed)) for name, seed, _ in announced}
         assert all(Path(path).exists() for _, _, path in announced)
         announced_rows += len(announced)
     files = sorted(Path("out").glob("*"))
@@ -2746,7 +2844,8 @@ def killed_runs():
             GPT.from_pretrained(path)
         else:
             load_adapter(train_gpt.make_base(parsed()), saved)
-    assert announced_rows >= 60 and len(files) > 3
+    assert announced_rows >= 60
+    assert len(files) > 3
     print(f"30 cases: {announced_rows} rows, {len(files)} files")
 
 
@@ -2775,7 +2874,8 @@ def interrupted_runs():
         text = Path(printed).read_text(encoding="utf-8")
         assert code == 130 and "Traceback" not in text and "Exception" not in text, (i, code, text[-2000:])
         if i % 2 == 0:
-            assert table_of(text).keys() == {"method", "(base)", "frozen"} and text.endswith("\ninterrupted\n")
+            assert table_of(text).keys() == {"method", "(base)", "frozen"}
+            assert text.endswith("\ninterrupted\n")
     print("4 cases")
 
 
@@ -2813,7 +2913,8 @@ def test_a_run_can_be_repeated_to_the_last_digit(small):
         for row in rows:
             del row["ms"], row["relative"], row["settings"]
         runs.append(rows)
-    assert len(runs[0]) == 2 * (len(names) + 1) and runs[0] == runs[1]
+    assert len(runs[0]) == 2 * (len(names) + 1)
+    assert runs[0] == runs[1]
     assert all(len(row["curve"]) == 3 for row in runs[0])
     assert len({row["loss"] for row in runs[0]}) == len(runs[0]), "rows that do not differ tell nothing"
 
@@ -2828,7 +2929,9 @@ def test_rows_tell_of_what_they_were_made(small):
         settings = [row["settings"] for row in rows_of(f"{base}.jsonl")]
         assert len(settings) == 2
         for row in settings:
-            assert row["sha256"] == digests and row["torch"] == torch.__version__ and row["python"] == sys.version
+            assert row["sha256"] == digests
+            assert row["torch"] == torch.__version__
+            assert row["python"] == sys.version
 
 
 def test_the_shipped_base_needs_no_network(tmp_path, monkeypatch, capsys):
@@ -2882,8 +2985,10 @@ def test_shipped_base():
     base = GPT.from_pretrained(HERE / "data/base.pt")
     with torch.no_grad():
         losses = [base(w[:, :-1], w[:, 1:]).item() for w in windows.split(39)]
-    assert len(losses) * 39 == len(windows) and sum(losses) / len(losses) < 3.20
-    assert (HERE / "data/base.pt").stat().st_size < 3.1e6 and sum(p.numel() for p in base.parameters()) == 1_468_416
+    assert len(losses) * 39 == len(windows)
+    assert sum(losses) / len(losses) < 3.20
+    assert (HERE / "data/base.pt").stat().st_size < 3.1e6
+    assert sum(p.numel() for p in base.parameters()) == 1_468_416
 
 
 def readme(i):
@@ -2923,7 +3028,8 @@ def test_the_code_in_readme_runs(tmp_path, monkeypatch):
     model = nn.ModuleDict({"q_proj": nn.Linear(32, 32), "k_proj": nn.Linear(32, 32), "v_proj": nn.Linear(32, 16)})
     fresh = copy.deepcopy(model)
     exec(readme(1), {"model": model, "another_copy_of_the_base": fresh})
-    assert type(model["q_proj"]) is type(fresh["k_proj"]) is nn.Linear and type(fresh["v_proj"]) is SORALinear
+    assert type(model["q_proj"]) is type(fresh["k_proj"]) is nn.Linear
+    assert type(fresh["v_proj"]) is SORALinear
 
 
 def test_readme_adds_a_method_as_train_gpt_does(monkeypatch):
@@ -2939,7 +3045,8 @@ def test_readme_tells_when_to_choose_which(capsys):
     code = readme(4).replace('("W0 + BA", "diag(d) W0", "R W0", "R diag(d) W0")', '("R diag(d) W0",)')
     exec(code.replace("range(5)", "range(2)").replace("max_iter=300", "max_iter=60"), {})
     misfits = {line.split()[-4]: float(line.split()[-3]) for line in capsys.readouterr().out.splitlines()}
-    assert misfits["sora"] < 0.05 < misfits["dora"] < 0.2 and misfits["lora"] > 0.6
+    assert misfits["sora"] < 0.05 < misfits["dora"] < 0.2
+    assert misfits["lora"] > 0.6
 
 
 @pytest.mark.parametrize("make", [lambda: llama(16), gpt2])

@@ -133,7 +133,7 @@ def fine_tune(base, run, seed, data, windows):
         bad = [i for i, loss in enumerate(losses, 1) if not loss.isfinite()]
         row["diverged"] = min(bad, default=run.steps)
         row["note"] = f"diverged at step {row['diverged']}: choose a lower rate than --lr {run.method}={run.lr:g}"
-    elif run.method.startswith("peft-"):
+    elif run.random_weights or run.method.startswith("peft-"):
         row["note"] = "only measured: neither saved nor merged"
     else:
         row |= spectrum(base, model)
