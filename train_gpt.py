@@ -243,24 +243,27 @@ def evaluate(model, windows, args):
 
 def measure_speed(base, data, args):
     """For each row the median time of a training step, the rows taking turns."""
-    times = {run.name: [] for run in runs(args)}
     ready = [(run, *set_up(base, run, 0)) for run in runs(args)]
+    seconds = torch.zeros(WARM_UP + TIMED, len(ready))
     batch = next(batches(data, 0, args))
-    for i in range(WARM_UP + TIMED):
+    for i in range(len(seconds)):
         if LIVE or i == 0:
-            say(f"measuring speed: {WARM_UP + TIMED - i} rounds, one step of each method in turn", live=True)
-        for run, model, forward, optimizer in ready:
+            say(f"measuring speed: {len(seconds) - i} rounds, one step of each method in turn", live=True)
+        for j, (run, model, forward, optimizer) in enumerate(ready):
             begun = time.perf_counter()
             train_step(model, forward, optimizer, batch, 0.0, run).item()  # rate 0; item waits for the device
-            times[run.name].append(time.perf_counter() - begun)
+            seconds[i, j] = time.perf_counter() - begun
 
-    medians = {name: statistics.median(seconds[WARM_UP:]) for name, seconds in times.items()}
-    minutes = sum(medians.values()) * args.steps * args.seeds / 60
+    medians = seconds[WARM_UP:].median(0).values
+    minutes = medians.sum() * args.steps * args.seeds / 60
     say(f"training takes, without evaluation, about {minutes:.1f} minutes")
-    frozen = [medians[run.name] for run in runs(args) if run.method == "frozen"] or [math.nan]
-    speed = {}
-    for name, median in medians.items():
-        speed[name] = {"ms": 1e3 * median, "relative": median / frozen[0]}
+    speed, frozen = {}, math.nan
+    for (run, *_), median in zip(ready, medians.tolist()):
+        speed[run.name] = {"ms": 1e3 * median}
+        if run.method == "frozen":
+            frozen = 1e3 * median
+    for row in speed.values():
+        row["relative"] = row["ms"] / frozen
     return speed
 
 
@@ -653,12 +656,12 @@ def sparkline(rows):
 
 def print_differences(results):
     """To LoRA, seed by seed: what a seed does to both rows alike cancels."""
-    lora = {row["seed"]: row["loss"] for row in results.get("lora", [])}
+    lora = results.get("lora", [])
     if len(lora) < 2:
         return
     say("\nval loss less lora's of the same seed: mean ± standard error, and ≈ where it is below two standard errors")
     for name, rows in results.items():
-        differences = [row["loss"] - lora[row["seed"]] for row in rows if row.get("seed") in lora]
+        differences = [row["loss"] - other["loss"] for row, other in zip(rows, lora)]
         if name != "lora" and len(differences) > 1:
             say(f"{name:18} {mean_and_error(differences)}")
 
@@ -676,29 +679,21 @@ def mean_and_error(differences):
 
 def print_correlations(results):
     """Do the numbers of an update go with its loss? Over all runs of adapters, less the mean of each seed."""
+    seeds = max(map(len, results.values()))
     adapted = []
-    for rows in results.values():
-        adapted += [row for row in rows if "entropy1" in row and not row["method"].startswith("full")]
-    methods = {row["method"] for row in adapted}
-    seeds = {row["seed"] for row in adapted}
-    if len(methods) < 3 or len(seeds) < 2:
+    for name, rows in results.items():
+        if len([row for row in rows if "entropy1" in row]) == seeds and not name.startswith("full"):
+            adapted.append(rows)
+    if len(adapted) < 3 or seeds < 2:
         return
-    say(f"\nrank correlation with val loss over {len(adapted)} runs of adapters, less their mean over the same seed")
+    runs_of_adapters = f"{len(adapted) * seeds} runs of adapters"
+    say(f"\nrank correlation with val loss over {runs_of_adapters}, less their mean over the same seed")
     for title, key in UPDATE.items():
-        pair = torch.stack([less_its_mean(adapted, key), less_its_mean(adapted, "loss")])
-        ranks = pair.argsort().argsort().double()
-        correlation = torch.corrcoef(ranks)[0, 1].item()
+        pair = torch.tensor([[[row[key], row["loss"]] for row in rows] for rows in adapted])  # (methods, seeds, 2)
+        pair = (pair - pair.mean(0)).flatten(0, 1)
+        ranks = pair.argsort(0).argsort(0).double()
+        correlation = torch.corrcoef(ranks.T)[0, 1].item()
         say(f"{title:18} {correlation:+.2f}")
-
-
-def less_its_mean(rows, key):
-    """row[key] less its mean over the rows of the same seed, as a tensor."""
-    values = torch.tensor([row[key] for row in rows])
-    seeds = torch.tensor([row["seed"] for row in rows])
-    for seed in seeds.unique():
-        same = seeds == seed
-        values[same] -= values[same].mean()
-    return values
 
 
 # ---- What a code host renders: a table of Markdown, charts of Mermaid
