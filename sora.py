@@ -296,7 +296,7 @@ def cayley(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
     then, and no rounding touches a 0. So X⁻¹ = (Z tI; −tI 0) with some Z, K = [−tC , 0], K Pᵀ = 0, W' = W0 to the bit.
     """
     P = torch.cat([E - C, C], 1)  # (out, 2 r_p)
-    wide = P if P.device.type == "mps" else P.double()  # mps has none; RᵀR = I for large C, E needs it
+    wide = P if P.device.type == "mps" else P.double()  # RᵀR = I for large C, E needs float64, which mps lacks
     I = torch.eye(P.shape[1], dtype=wide.dtype, device=P.device)
     r_p = C.shape[1]
     J = torch.cat([-I[r_p:], I[:r_p]])  # (2 r_p, 2 r_p)
@@ -341,8 +341,8 @@ MANY = 512  # tokens from which OneProduct wins: measured forward and backward o
 
 
 def one_product_pays(layer, x):
-    """For many tokens, where W0 is frozen and in the adapter's dtype. (A bfloat16 W0 plus a small update rounds back to
-    W0 in every entry. Where autocast rounds a float32 W', some entries go the other way, and the mean survives.)"""
+    """For many tokens, and a frozen W0 in the adapter's dtype: in bfloat16, W0 plus a small update would round back
+    to W0 in every entry. (Where autocast rounds a float32 W', some go the other way, and the mean survives.)"""
     many = x.numel() >= MANY * layer.in_features
     wide_base = layer.weight.dtype == layer.A.dtype
     same_dtype = x.dtype == layer.weight.dtype or torch.is_autocast_enabled(device_of(x))
@@ -363,10 +363,10 @@ class OneProduct(torch.autograd.Function):
         colsum(dy ⊙ y) = g ⊙ dg + rowsum(U ⊙ dU) + b ⊙ db
 
     That needs y as it was, loses digits where g W0 x is a small part of y, and fades to 0 where |g| is near 10 eps
-    (`near_0`). So under autocast, which has few digits, when compiling, and where y was changed in place, as by an
-    inplace=True, it is dg = rowsum(dW' ⊙ W0), dU = dW' Vᵀ, dV = Uᵀ dW'. Two aliases tell of a change: y.data is
-    y's memory with a count of changes of its own, so that it may be read after one; y.detach() shares y's count. What
-    passes that count by, as y.data.add_(1), spoils dg. For second derivatives set MANY = math.inf.
+    (`near_0`). Under autocast, which has few digits, when compiling, and where y was changed in place, dW' is formed
+    after all: dg = rowsum(dW' ⊙ W0), dU = dW' Vᵀ, dV = Uᵀ dW'. A change is told by autograd's version counter, which
+    y.detach() shares; y.data is y's memory with another counter, so that it may be read even so. What passes y's
+    counter by, as y.data.add_(1), spoils dg. For second derivatives set sora.MANY = math.inf.
     """
 
     @staticmethod
@@ -374,7 +374,7 @@ class OneProduct(torch.autograd.Function):
         with full_precision(x):
             W = W0 if g is None else g[:, None] * W0
             W = torch.addmm(W, U, V).to(x.dtype)  # (out, in)
-            y = F.linear(x, W, None if b is None else b.to(x.dtype))
+            y = F.linear(x, W, None if b is None else b.to(x.dtype)).detach()  # else a view, not to be changed in place
 
         kept = None
         no_counts = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
@@ -421,8 +421,9 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
 
 
 class QuickCayley(torch.autograd.Function):
-    """The same K and P, and their gradient in half as many operations: with Z = dK X⁻ᵀ and H = KᵀZ it is dX = −H, so
-    dP = Z + P (H + Hᵀ)/2, plus P's own, and d(1/t) = ⟨J, dX⟩ = tr(H₁₂ − H₂₁), of the quarters of H."""
+    """The same K and P, and their gradient in fewer operations: of K = P X⁻¹ and X = J/t − PᵀP/2, with Y = dK X⁻ᵀ and
+    H = KᵀY = (H₁₁ H₁₂; H₂₁ H₂₂), it is dX = −H, so d(1/t) = Σ J ⊙ dX = tr(H₁₂ − H₂₁), and to dP, what reaches P
+    directly, come Y + P (H + Hᵀ)/2."""
 
     @staticmethod
     def forward(ctx, C, E):
@@ -432,19 +433,19 @@ class QuickCayley(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dK, dP):
-        C, E, K, P, inverse, norms, one_over_t = ctx.saved_tensors
-        if torch.is_grad_enabled():  # second derivatives are left to autograd
-            return torch.autograd.grad(cayley(C, E)[:2], (C, E), (dK, dP), create_graph=True)
-
-        Z = dK @ inverse.T.to(dK.dtype)  # (out, 2 r_p)
-        H = K.T @ Z  # (2 r_p, 2 r_p)
-        dP = torch.addmm(dP + Z, P, H + H.T, alpha=0.5)
-
+        C, E, *found = ctx.saved_tensors
         r_p = C.shape[1]
-        d_sum = (H[:r_p, r_p:] - H[r_p:, :r_p]).trace() * (one_over_t > 1)  # of ‖C‖ + ‖E‖
-        of_C, of_E = d_sum / norms.clamp_min(1e-12)  # where a norm is 0, so is what this multiplies
-        dD, dC = dP.chunk(2, dim=1)  # of P = [E − C , C]
-        return torch.addcmul(dC - dD, of_C, C), torch.addcmul(dD, of_E, E)
+        with full_precision(C):
+            if torch.is_grad_enabled():  # for second derivatives, found as functions of C and E
+                found = cayley(C, E)
+            K, P, inverse, norms, one_over_t = found
+            Y = dK @ inverse.T.to(dK.dtype)  # (out, 2 r_p)
+            H = K.T @ Y  # (2 r_p, 2 r_p)
+            dP = torch.addmm(dP + Y, P, H + H.T, alpha=0.5)
+        d_sum = (H[:r_p, r_p:] - H[r_p:, :r_p]).trace() * (one_over_t > 1)  # by ‖C‖ + ‖E‖, in 1/t if above 1
+        by_C, by_E = d_sum / norms.clamp_min(1e-30)  # where a norm is 0, so is what this multiplies
+        dC = dP[:, r_p:] - dP[:, :r_p]  # as P = [E − C , C]
+        return torch.addcmul(dC, by_C, C), torch.addcmul(dP[:, :r_p], by_E, E)
 
 
 # ======== The plumbing: attach, merge, save, load
@@ -910,8 +911,7 @@ def _transpose_conv1d(state):
 
 
 def _of_nanogpt(told, saved):
-    """nanoGPT's layout, which is ours: if it was compiled, with a prefix, perhaps with masks, perhaps without biases.
-    It tells no GELU, for it has the exact one."""
+    """nanoGPT's layout, which is ours, with the exact GELU; perhaps with a prefix or masks, perhaps without biases."""
     state = {}
     for name, p in saved.items():
         if not name.endswith(".attn.bias"):  # a causal mask
