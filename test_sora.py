@@ -1097,7 +1097,9 @@ def test_dtypes(method):
         torch.testing.assert_close(y.float(), wide(x), rtol=0.05, atol=0.05)
         y.float().square().mean().backward()
     assert all(m.get_parameter(name).grad.dtype == torch.float32 for m in (narrow, wide) for name in ours)
-    assert copy.deepcopy(wide).double().transformer.h[0].mlp.c_fc.A.dtype == torch.float64
+    double = copy.deepcopy(wide).double()
+    assert double.transformer.h[0].mlp.c_fc.A.dtype == torch.float64
+    assert double.float().transformer.h[0].mlp.c_fc.A.dtype == torch.float32
     assert wide.to("meta").transformer.h[0].mlp.c_fc.A.is_meta
 
 
