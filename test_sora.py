@@ -954,7 +954,7 @@ def test_models_of_transformers(make, method, tmp_path):
 def test_models_of_transformers_compile(make):
     torch.compiler.reset()
     model, x = trained(adapt(make(), "sora", r=1, r_p=2), 0.1), tokens(3, 8)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x, use_cache=False).logits, model(x).logits, rtol=1e-4, atol=1e-4)
 
 
