@@ -2390,6 +2390,19 @@ def test_train_gpt_compiles_as_many_methods_as_there_are(monkeypatch, capsys):
     assert "\npeft-dora " in capsys.readouterr().out
 
 
+def test_random_weights_are_only_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sora.GPT2, "gpt2", (1, 2, 16))
+    flags = "--random-weights --init gpt2 --block-size 8 --methods full,sora --save . --json all.json".split()
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *flags])
+    train_gpt.main()
+    rows = rows_of("all.json")
+    assert [row["note"] for row in rows] == 2 * ["only measured: neither saved nor merged"]
+    assert not any(key in row for row in rows for key in ("change", "spectrum", "merged"))
+    assert not list(tmp_path.glob("*.pt"))
+    assert "\nsora " in capsys.readouterr().out
+
+
 def test_train_gpt_in_bfloat16(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = "--dtype bfloat16 --device cpu --methods full,sora,frozen --sample 5 --json all.json".split()
