@@ -2372,6 +2372,16 @@ def test_train_gpt_compiles_each_method_once(monkeypatch, capsys):
     assert counters["unique_graphs"] == len(names)
 
 
+def test_random_weights_are_only_measured(small, monkeypatch, capsys):
+    monkeypatch.setitem(sora.GPT2, "gpt2", (1, 2, 16))
+    small(*"--random-weights --init gpt2 --block-size 8 --steps 1 --methods sora --save . --json all.json".split())
+    row, = rows_of("all.json")
+    assert row["note"] == "only measured: neither saved nor merged"
+    assert not {"change", "spectrum", "merged"} & row.keys()
+    assert not list(Path().glob("*.pt"))
+    assert "\nsora " in capsys.readouterr().out
+
+
 def test_a_frozen_row_with_a_rate_of_its_own_is_compared_with(small, capsys):
     small("--methods", "frozen:lr=1e-3,lora")
     assert re.search(r"^frozen:lr=1e-3 .* 1\.00  ", capsys.readouterr().out, re.MULTILINE)
@@ -2388,19 +2398,6 @@ def test_train_gpt_compiles_as_many_methods_as_there_are(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *flags])
     train_gpt.main()
     assert "\npeft-dora " in capsys.readouterr().out
-
-
-def test_random_weights_are_only_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sora.GPT2, "gpt2", (1, 2, 16))
-    flags = "--random-weights --init gpt2 --block-size 8 --methods full,sora --save . --json all.json".split()
-    monkeypatch.setattr(sys, "argv", ["train_gpt.py", *TINY, *flags])
-    train_gpt.main()
-    rows = rows_of("all.json")
-    assert [row["note"] for row in rows] == 2 * ["only measured: neither saved nor merged"]
-    assert not any(key in row for row in rows for key in ("change", "spectrum", "merged"))
-    assert not list(tmp_path.glob("*.pt"))
-    assert "\nsora " in capsys.readouterr().out
 
 
 def test_train_gpt_in_bfloat16(tmp_path, monkeypatch, capsys):
