@@ -11,6 +11,7 @@ medians over steps taken in turn (lora dora lora dora ...), so that a busy machi
 """
 import argparse
 import copy
+import dataclasses
 import hashlib
 import json
 import math
@@ -24,6 +25,7 @@ import time
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import cycle
+from pathlib import Path
 
 import tiktoken
 import torch
@@ -47,18 +49,20 @@ class PostDiagLinear(sora.PreDiagLinear):
     """W' = diag(d) (W0 + sBA): a diagonal after the update, as in DoRA, but learned without a norm"""
 
     method = "postdiag"
+    before = sora.LoRALinear.before
 
-    def factors(self):
-        return self.d, self.d[:, None] * self.s * self.B, self.A
+    def after(self, y):
+        return sora.scaled(y, self.d)
 
 
 class RotationLinear(sora.SORALinear):
     """W' = R (W0 + sBA): SORA without its diagonal"""
 
     method = "rotation"
+    before = sora.LoRALinear.before
 
-    def create_parameters(self):
-        super().create_parameters()
+    def __init__(self, linear, r=16, alpha=32, r_p=4, exact=True):
+        super().__init__(linear, r, alpha, r_p, exact)
         self.d.requires_grad_(False)  # it stays 1
 
 
@@ -137,7 +141,7 @@ def fine_tune(base, run, seed, data, windows):
         row["note"] = "only measured: neither saved nor merged"
     else:
         row |= spectrum(base, model)
-        saved = save(model, seed, run)
+        saved = save_run(model, seed, run)
         row["merged"] = evaluate(sora.merge(model), windows, run)
         row["note"] = f"merged {row['merged']:.4f}{saved}"
     return row, model
@@ -163,11 +167,11 @@ def unevenness(model):
     one is all there is, and -1, with no gradient, where B = 0."""
     found = []
     for layer in model.modules():
-        if isinstance(layer, sora.DiagonalPlusLowRank):
+        if isinstance(layer, sora.LoRALinear):
             G = (layer.A @ layer.A.T) @ (layer.B.T @ layer.B)  # (r, r), with the eigenvalues σ²
             fourth = (G * G.T).sum()  # tr G G = Σσ⁴
             energy = G.trace() ** 2 + 1e-12  # (Σσ²)², and not 0 where B is
-            found.append(layer.r * fourth / energy - 1)
+            found.append(layer.options["r"] * fourth / energy - 1)
     return torch.stack(found).mean()
 
 
@@ -210,7 +214,10 @@ def prepare(base, run):
         config = LoraConfig(r=run.r, lora_alpha=run.alpha, use_dora=dora, target_modules=layers)
         inject_adapter_in_model(config, model)
     else:
-        sora.adapt(model, run.method, run.r, run.alpha, run.r_p, run.targets, run.exact)
+        options = {}
+        if issubclass(sora.METHODS[run.method], sora.SORALinear):
+            options = {"r_p": run.r_p, "exact": run.exact}
+        sora.adapt(model, run.method, run.r, run.alpha, run.targets, **options)
     return model
 
 
@@ -395,7 +402,7 @@ def arguments():
     p.error = lambda message: fail(f"{message} (--help lists all flags)")
     flag = p.add_argument
     flag("--init", default=os.path.relpath(f"{HERE}/data/base.pt"),
-         help=f"a checkpoint, 'scratch', or one of {','.join(sora.GPT2)}, which bring defaults of their own")
+         help=f"a checkpoint, 'scratch', or one of {','.join(GPT2)}, which bring defaults of their own")
     flag("--random-weights", action="store_true", help="gpt2's shape without its weights, to measure speed")
     flag("--n-layer", type=count, default=6, help="layers, with --init scratch")
     flag("--n-head", type=count, default=4, help="heads, with --init scratch")
@@ -430,7 +437,7 @@ def arguments():
     told = p.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])[0]
     equal = told.r + round((1 + 2 * told.r_p) * 9 / 16)  # LoRA of SORA's size: in a GPT, out is 9/16 of in + out
     p.set_defaults(methods=f"full,lora,lora:r={equal},dora,prediag,sora", sha256={})  # of the files, once read
-    if told.init in sora.GPT2:
+    if told.init in GPT2:
         gpu = torch.accelerator.is_available()
         p.set_defaults(block_size=1024, batch_size=16 if gpu else 1, steps=200, lr="2e-4,full=3e-5",
                        compile=torch.cuda.is_available())  # as LoRA's authors and nanoGPT tune GPT-2
@@ -481,15 +488,15 @@ def load_base(args):
 
 def make_base(args):
     torch.manual_seed(0)
-    if args.random_weights and args.init not in sora.GPT2:
-        raise ValueError(f"--random-weights is for {', '.join(sora.GPT2)}")
+    if args.random_weights and args.init not in GPT2:
+        raise ValueError(f"--random-weights is for {', '.join(GPT2)}")
     if args.random_weights:
-        return sora.GPT(sora.GPTConfig(1024, 50257, *sora.GPT2[args.init][:3]))
+        return sora.GPT(sora.GPTConfig(1024, 50257, *SHAPES[args.init]))
     if args.init == "scratch":
         return sora.GPT(sora.GPTConfig(args.block_size, 2048, args.n_layer, args.n_head, args.n_embd))
-    if args.init not in sora.GPT2:
+    if args.init not in GPT2:
         args.sha256[args.init] = digest(args.init)
-    return sora.GPT.from_pretrained(args.init)
+    return load_gpt(args.init)
 
 
 def load_vocabulary(size):
@@ -525,7 +532,7 @@ def load_data(args, vocabulary):
     return data, windows[torch.linspace(0, len(windows) - 1, n).long()]
 
 
-def save(model, seed, run):
+def save_run(model, seed, run):
     """Where --save is given: the adapter, or the whole model. Returns what to say of it."""
     if not run.save:
         return ""
@@ -533,12 +540,11 @@ def save(model, seed, run):
     if run.seeds > 1:
         name += f"-{seed}"
     path = os.path.join(run.save, f"{name}.pt")
-    if run.method in sora.METHODS:
-        state = sora.adapter_state_dict(model)
-    else:
-        state = model.checkpoint()
     with blame(f"--save {run.save}"):
-        sora.save(state, path)
+        if run.method in sora.METHODS:
+            save(sora.adapter_state_dict(model), path)
+        else:
+            save_gpt(model, path)
     return f", saved as {path}"
 
 
@@ -551,6 +557,121 @@ def write_row(row, run):
     finite = json.loads(line, parse_constant=lambda name: None)
     with blame(f"--json {run.json}"), open(run.json, "a") as file:
         file.write(json.dumps(finite) + "\n")
+
+
+# ---- Checkpoints: GPT-2's released weights, nanoGPT's, our own
+
+GPT2 = {  # the revision at huggingface.co/openai-community, and the sha256 of its model.safetensors
+    "gpt2": ("607a30d783dfa663caf39e06633721c8d4cfcd7e",
+             "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"),
+    "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+                    "fc5a354a19255ad494f3d71549390baca1ccf61d1d822b9408971705c687c9cd"),
+    "gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519",
+                   "5f47f3e12f91cd33b662ce7e433b6150ad5512b5884a2cee961b50e9c3bbebce"),
+    "gpt2-xl": ("15ea56dee5df4983c59b2538573817e1667135e2",
+                "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"),
+}
+SHAPES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+STORED_IN_OUT = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # by GPT-2
+CODES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def load_gpt(name_or_path):
+    """A GPT in float32 on the CPU: a name in GPT2, downloaded once; or a path to GPT-2's layout (.safetensors, perhaps
+    with a config.json beside it), to nanoGPT's ckpt.pt or to what save_gpt wrote. No code from a file is ever run.
+    Raises OSError (the file cannot be had), ValueError (it is none of these), RuntimeError (tensors are amiss)."""
+    path = Path(name_or_path)
+    if name_or_path in GPT2:
+        path = download(name_or_path)
+    try:
+        if path.suffix == ".safetensors":
+            config, state = of_gpt2(read_safetensors(path), path.with_name("config.json"))
+        else:
+            config, state = of_nanogpt(torch.load(path, "cpu", weights_only=True))
+        with torch.device("meta"):
+            model = sora.GPT(config)
+    except OSError:
+        raise
+    except Exception as error:  # there are as many kinds as ways to be another file
+        raise ValueError(f"{path} is no checkpoint of GPT-2, nanoGPT or this GPT: {error!r:.100}") from error
+    model.load_state_dict(state, assign=True)
+    if torch.equal(model.lm_head.weight, model.transformer.wte.weight):  # else the head was adapted and merged
+        model.lm_head.weight = model.transformer.wte.weight
+    return model
+
+
+def download(name):
+    """The path of GPT-2's model.safetensors, downloaded unless it is there already, its sha256 compared each time."""
+    revision, sha256 = GPT2[name]
+    path = Path(torch.hub.get_dir(), "checkpoints", name, "model.safetensors")
+    url = f"https://huggingface.co/openai-community/{name}/resolve/{revision}/model.safetensors"
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, path, sha256)  # moved there once it is whole
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"{name} cannot be downloaded ({error}): put {url} at {path}") from error
+    if digest(path) != sha256:
+        raise ValueError(f"{path} has another sha256 than {sha256}: delete it, or give its path as that of any file")
+    return path
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: 8 bytes for the length of a JSON header, the header, the raw tensors."""
+    raw = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)  # mapped, not read
+    start = 8 + int.from_bytes(bytes(raw[:8]), "little")
+    header = json.loads(bytes(raw[8:start]))
+    header.pop("__metadata__", None)
+    state = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        content = raw[start + begin:start + end].clone()
+        state[name] = content.view(CODES[entry["dtype"]]).view(entry["shape"])
+    return state
+
+
+def of_gpt2(file, beside):
+    """(config, state) of GPT-2's layout: names without "transformer." perhaps, Conv1D's orientation, causal masks."""
+    state = {}
+    for name, p in file.items():
+        if name.endswith(STORED_IN_OUT):
+            p = p.T.contiguous()
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks
+            state[f"transformer.{name.removeprefix('transformer.')}"] = p.float()
+    wte, wpe = state["transformer.wte.weight"], state["transformer.wpe.weight"]
+    state["lm_head.weight"] = state.pop("transformer.lm_head.weight", wte)
+
+    told = {"activation_function": "gelu_new", "n_head": wte.shape[1] // 64}
+    if beside.exists():
+        told |= json.loads(beside.read_text())
+    n_layer = len({name.split(".")[2] for name in state if ".h." in name})
+    gelu = {"gelu_new": "tanh", "gelu": "none"}[told["activation_function"]]
+    return sora.GPTConfig(len(wpe), len(wte), n_layer, told["n_head"], wte.shape[1], gelu), state
+
+
+def of_nanogpt(file):
+    """(config, state) of nanoGPT's layout, which is ours, with the exact GELU; perhaps with a prefix or masks, perhaps
+    without biases; or of what save_gpt wrote."""
+    told = {"gelu": "none"} | file.get("model_args", file.get("config"))
+    state = {}
+    for name, p in file["model"].items():
+        name = name.removeprefix("_orig_mod.")
+        if not name.endswith(".attn.bias"):  # a causal mask
+            state[name] = p.float()
+        if told.get("bias") is False and name.startswith(("transformer.h.", "transformer.ln_f")):
+            state[name.removesuffix("weight") + "bias"] = torch.zeros(len(p))
+    fields = {field.name for field in dataclasses.fields(sora.GPTConfig)}
+    return sora.GPTConfig(**{key: value for key, value in told.items() if key in fields}), state
+
+
+def save(state, path):
+    """torch.save under a temporary name, then a move: a half-written file never stands under `path`."""
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def save_gpt(model, path):
+    save({"config": dataclasses.asdict(model.config), "model": model.state_dict()}, path)
 
 
 # ---- What is printed
