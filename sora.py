@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors of this project
-"""LoRA, DoRA, Pre-Diag and SORA in one file, with a GPT to try them on. It needs torch (2.6 or newer); copy it.
+"""LoRA, DoRA, Pre-Diag and SORA in one file, with a GPT to try them on. It needs torch 2.6 or newer and nothing else:
+copy it into your project.
 
 LoRA trains sBA, a matrix of low rank r, beside a frozen weight W0 (out, in): A (r, in), B (out, r), s = alpha / r.
-"Calibrating and Rotating: A Unified Framework for Weight Conditioning in PEFT" (Chang et al., AAAI 2026) also
-multiplies by a *conditioning* matrix, from the left, so that it acts on the output features. It asks two things of that
-matrix: does it stand before or after sBA is added, and of what kind is it?
+"Calibrating and Rotating: A Unified Framework for Weight Conditioning in PEFT" (Chang et al., AAAI 2026) adds a
+*conditioning* matrix, which multiplies from the left and so acts on the output features. Two choices make a method: is
+it applied before sBA is added or after, and what kind of matrix is it?
 
     W' = after(before(W0) + sBA)
 
@@ -15,22 +16,23 @@ matrix: does it stand before or after sBA is added, and of what kind is it?
     Pre-Diag    diag(d)    -          diag(d) W0 + sBA         A B d        out
     SORA        diag(d)    R          R (diag(d) W0 + sBA)     A B d C E    out + 2 r_p out
 
-    DoRA's g = m / ‖W0 + sBA‖row, ‖·‖row being the norm of each row; SORA's rotation R, RᵀR = I, is made of C and E
-    (out, r_p). At the start B = 0, d = 1, m = ‖W0‖row and E = C, which makes R = I: W' = W0.
+    DoRA's g = m / ‖W0 + sBA‖row, where ‖·‖row is the norm of each row. SORA's R is a rotation, RᵀR = I, made of two thin
+    matrices C and E (out, r_p). At the start B = 0, d = 1, m = ‖W0‖row, and E = C, which makes R = I: so W' = W0.
 
-SORA is Skewed Orthogonal Rotation Adaptation: R is made of a skew matrix (`rotation`).
+SORA stands for Skewed Orthogonal Rotation Adaptation: R is made of a skew matrix (see `rotation`).
 
-Why before, and not after? After, a diagonal rescales BA too, and DoRA's depends on BA through its norm; before, d
-calibrates W0 and leaves BA alone. Why rotate? A diagonal only stretches each output feature, a rotation mixes them, and
-keeps their lengths. What makes one choice better? The paper's yardstick is how evenly W' − W0 is spread over its
-directions: the entropy of its singular values (`svd_entropy`). Full fine-tuning changes a weight a little in every
-direction, LoRA in r directions only; a diagonal changes all, as (diag(d) − I) W0 is not of low rank. The yardstick
-speaks for the diagonal, not for the rotation: R leaves the singular values of what it multiplies alone, and adds
-(R − I) M, of rank 2 r_p at most.
+What makes one choice better? The paper's yardstick is how evenly the update W' − W0 is spread over its directions: the
+entropy of its singular values (`svd_entropy`). Full fine-tuning changes a weight a little in every direction, LoRA in r
+directions only. A diagonal changes every direction, as (diag(d) − I) W0 is not of low rank; this, the paper holds, is
+why DoRA beats LoRA. Why before? DoRA's diagonal, after the sum, rescales BA too and depends on it through the norm; d
+calibrates W0 alone, at less cost. Why rotate? A diagonal can only stretch each output feature; a rotation mixes them,
+and keeps the length of the output. (The yardstick does not see this: a rotation leaves the singular values of the matrix
+M that it multiplies alone, and what it adds to the update, (R − I) M, has rank 2 r_p at most.)
 
-One observation makes the code short. Since (M W) x = M (W x), a conditioning acts on whatever has output features: on
+One observation makes the code short. Since (R M) x = R (M x), a conditioning acts on whatever has output features: on
 what comes out of the layer, W0 x, for each x, and on W0 itself, which is W0 x with the columns of the identity for x.
-So one function, `LoRALinear.conditioned`, gives both W'x and W', and a method is a line or two.
+So one function, `LoRALinear.conditioned`, gives both W'x and W', and a method is a line or two. The formulas are for one
+column x; the code holds many of them as the rows of an array, so that A x is written F.linear(x, A).
 
 Glossary
     here            in the formulas                                              in the authors' code
@@ -39,8 +41,9 @@ Glossary
     r, alpha, s     rank of BA; s = alpha / r scales it                          r, lora_alpha, scaling
     m               m (out,): DoRA's magnitude, the norm of each row of W'       -
     d               d (out,): the diagonal that calibrates W0                    lora_Diag
-    C, E, r_p       C, E (out, r_p): the pair that spans the rotation            lora_C, lora_D
-    x, y, h         rows: x (n, in), y (n, out) on its way from W0 x to W'x, h = A x (n, r)
+    C, E            C, E (out, r_p): the pair that makes the rotation            lora_C, lora_D
+    r_p             the columns of C and of E: R − I has rank 2 r_p at most
+    x, y, h         rows: the input x (n, in), y (n, out) on its way from W0 x to W'x, and h = A x (n, r)
 
 Use
     from sora import adapt, adapter_state_dict, load_adapter, merge
@@ -94,10 +97,11 @@ class LoRALinear(nn.Module):
         if reason:
             raise ValueError(f"{linear} cannot be adapted: {reason}")
         self.fan_in_fan_out = isinstance(linear, conv1d())
-        self.mould = mould_of(linear)
+        self.template = without_tensors(linear)
         self.train(linear.training)
 
-        self.options = {"method": self.method, "r": int(r), "alpha": float(alpha)}
+        r, alpha = int(r), float(alpha)  # numpy's numbers too, which torch.load would not read
+        self.options = {"method": self.method, "r": r, "alpha": alpha}
         self.s = alpha / r
         self.W0, self.bias = linear.requires_grad_(False).weight, linear.bias
         self.out_features, self.in_features = self.oriented(self.W0).shape
@@ -126,8 +130,8 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """W' as the adapted layer stored its weight, in W0's dtype, with gradients. It is computed at each reading, so
-        that a module which reads a layer's weight instead of calling the layer gets the adapted one."""
+        """W' as the adapted layer stored its weight, in W0's dtype, with gradients; put together at each reading. A
+        module that reads a layer's weight instead of calling the layer so gets the adapted one."""
         return self.oriented(self.wide_weight()).to(self.W0.dtype)
 
     def by_weight(self, x):
@@ -135,7 +139,7 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.oriented(self.weight), self.bias)
 
     def by_outputs(self, x):
-        """W'x + b, without W'"""
+        """W'x + b, and x never meets W'"""
         rows = x.reshape(-1, self.in_features)  # (n, in)
         y = F.linear(rows, self.oriented(self.W0))  # (n, out)
         h = F.linear(rows, self.A.to(x.dtype))  # (n, r)
@@ -145,8 +149,8 @@ class LoRALinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        # Both ways give the same. W' has a dense gradient, 2 n in out; the outputs take some passes over (n, out):
-        # W' pays where many tokens meet a narrow layer, and the faster the products are, the wider that is.
+        # Both ways give the same, up to rounding. Making W' costs a product more in the backward pass, 2 n in out; going
+        # by outputs costs some passes over (n, out). So W' pays where n is large and the layer is narrow.
         many = input.numel() >= 512 * self.in_features
         narrow = self.in_features <= (512 if input.is_cpu else 2048)
         if many and narrow:
@@ -239,12 +243,11 @@ class SORALinear(PreDiagLinear):
             raise ValueError(f"r_p={r_p} is below 1: choose a larger one")
         super().__init__(linear, r, alpha)
         self.options |= {"r_p": int(r_p), "exact": bool(exact)}
-        self.exact = exact
         self.C = nn.init.kaiming_uniform_(self.zeros(self.out_features, r_p), a=math.sqrt(5), mode="fan_out")
         self.E = nn.Parameter(self.C.detach().clone())
 
     def after(self, y):
-        K, V = rotation(self.C, self.E, self.exact)
+        K, V = rotation(self.C, self.E, self.options["exact"])
         return rotated(y, K, V)
 
 
@@ -262,17 +265,19 @@ def rotated(y, K, V):
 
 
 def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
-    """K and V, each (out, 2 r_p), of the rotation R = I + K Vᵀ that C and E (out, r_p) span; in float32 at least.
+    """K and V, each (out, 2 r_p), of the rotation R = I + K Vᵀ that C and E (out, r_p) make; in float32 at least.
 
-    S = t (E Cᵀ − C Eᵀ) is skew, Sᵀ = −S. So the Cayley transform R = (I − S/2)⁻¹ (I + S/2) is orthogonal (the factors
-    commute, and each is the other's transpose), and it is I + (I − S/2)⁻¹ S. To invert only a matrix 2 r_p wide, let
-    V = [C, E − C] and Q = t (0 −I; I 0): then S = V Q Vᵀ, and as (I − S/2) V = V Q (Q⁻¹ − VᵀV/2),
+    S = t (E Cᵀ − C Eᵀ) is skew, Sᵀ = −S; t is below. So the Cayley transform R = (I − S/2)⁻¹ (I + S/2) is orthogonal:
+    I + S/2 is the transpose of I − S/2 and commutes with it. As I + S/2 = (I − S/2) + S, it is R = I + (I − S/2)⁻¹ S.
+
+    To invert a matrix of 2 r_p rows only, let V = [C, E − C] and Q = t (0 −I; I 0), with blocks r_p wide. Multiplied
+    out, V Q Vᵀ = S, and (I − S/2) V = V Q (Q⁻¹ − VᵀV/2). Hence (I − S/2)⁻¹ V Q = V (Q⁻¹ − VᵀV/2)⁻¹, and times Vᵀ
 
         R = I + V (Q⁻¹ − VᵀV/2)⁻¹ Vᵀ = I + K Vᵀ
 
     t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)), of Frobenius norms, is the authors': with it S grows as C and E do once they are
     large, without it as their square. Their R stops at I + S (exact=False, K = V Q), the transform's first order.
-    E = C makes S = 0 and, as E − C is exactly 0 then, K Vᵀ = 0 and R = I to the last bit.
+    Where E = C, the second half of V is 0 and so is the first half of K: R = I, to the last bit.
     """
     C, E = wide(C), wide(E)
     with full_precision(C):
@@ -280,11 +285,11 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
         norms = torch.linalg.vector_norm(torch.stack([C, E]), dim=(1, 2))
         one_over_t = (norms.sum() + 1e-6).clamp(min=1)
 
-        top, bottom = torch.eye(V.shape[1], dtype=V.dtype, device=V.device).chunk(2)
-        X = one_over_t * torch.cat([bottom, -top])  # Q⁻¹ = (0 I; −I 0) / t, (2 r_p, 2 r_p)
+        upper, lower = torch.eye(V.shape[1], dtype=V.dtype, device=V.device).chunk(2)  # (I 0) and (0 I)
+        X = one_over_t * torch.cat([lower, -upper])  # Q⁻¹ = (0 I; −I 0) / t, (2 r_p, 2 r_p)
         if exact:
             X = torch.addmm(X, V.T, V, alpha=-0.5)  # Q⁻¹ − VᵀV/2
-        inverse, _ = torch.linalg.inv_ex(X)  # inv would wait for the GPU to check it
+        inverse, _ = torch.linalg.inv_ex(X)  # X is never singular, and inv would wait for the GPU to check that
         return V @ inverse, V
 
 
@@ -317,12 +322,14 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
         raise ValueError("the model is adapted already: merge it first")
     linears = linear_layers(model, targets)
     unfit = {name: reason for name, linear in linears.items() if (reason := why_not(linear, r, alpha))}
-    if len(unfit) == len(linears) or (unfit and targets is not None):
-        raise ValueError(f"no layer to adapt: {unfit or 'the model has no linear one'}")
+    if unfit and (targets is not None or len(unfit) == len(linears)):
+        raise ValueError(f"these layers cannot be adapted: {unfit}")
     if unfit:
         warnings.warn(f"these layers cannot be adapted and stay as they are: {unfit}", stacklevel=2)
     for name in unfit:
         del linears[name]
+    if not linears:
+        raise ValueError("there is no linear layer inside the model, or targets is empty")
     layers = new_layers(linears, method=method, r=r, alpha=alpha, **options)
     return replace(model.requires_grad_(False), layers)
 
@@ -337,6 +344,7 @@ def merge(model: nn.Module) -> nn.Module:
         if lost.norm() > delta.norm() / 2:
             lossy = f"{name}: {weight.dtype} rounds off over half of the update: merge model.float(), say"
             warnings.warn(lossy, stacklevel=2)
+        # one by one, so that W0 goes before the next W' comes
         replace(model, {name: plain_layer(layer, nn.Parameter(layer.oriented(weight).contiguous()))})
     return model
 
@@ -360,14 +368,19 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     """Put an adapter_state_dict on `model`, in place: on a plain base, which it adapts, or on a model adapted alike.
 
     Raises ValueError, before any number is changed, where `state` is not whole and finite, a layer is missing, the
-    model is adapted in another way, or a W0 is not the one of the training: its entries are off by more than 0.5 %, in
-    norm. (Those of a base that was cast to 16 bits are off by 0.4 % at most.)
+    model is adapted in another way, or a W0 is not that of the training: its sixteen entries are off by more than 0.5 %,
+    in norm. (Those of a base that was cast to 16 bits are off by 0.4 % at most.)
     """
     if not isinstance(state, dict) or state.keys() != {"options", "W0", "trained"}:
         raise ValueError("this is no adapter_state_dict: save that of an adapted model")
-    missing = state["W0"].keys() - dict(model.named_modules())
-    if missing:
-        raise ValueError(f"the adapter is for layers that the model has not: {sorted(missing)}")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, expected in state["W0"].items():
+        W0 = parameters.get(f"{name}.W0", parameters.get(f"{name}.weight"))
+        if W0 is None:
+            raise ValueError(f"the adapter is for a layer that the model has not: {name}")
+        off = (sample(W0) - expected).norm()
+        if not off <= 0.005 * expected.norm():
+            raise ValueError(f"{name}: W0 is {off / expected.norm():.1%} off that of the training: load the same base")
 
     adapted = adapted_layers(model)
     linears = {name: model.get_submodule(name) for name in state["W0"]}
@@ -375,14 +388,13 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     mine = state_of(layers)
     if mine["options"] != state["options"]:
         raise ValueError(f"the adapter has {state['options']}, the model {mine['options']}: they must be alike")
-    given, wanted = state["trained"], mine["trained"]
-    odd = shapes(given) ^ shapes(wanted) or {name for name, p in given.items() if not p.isfinite().all()}
+    given = state["trained"]
+    odd = shapes(given) ^ shapes(mine["trained"])
     if odd:
-        raise ValueError(f"these tensors are missing, unknown, of another shape or not finite: {sorted(odd)}")
-    for name, expected in state["W0"].items():
-        off = (mine["W0"][name] - expected).norm() / expected.norm()
-        if off > 0.005:
-            raise ValueError(f"{name}: W0 is {off:.1%} off what the adapter was trained on: load it on the same base")
+        raise ValueError(f"these tensors are missing, unknown or of another shape: {sorted(odd)}")
+    for name, p in given.items():
+        if not p.isfinite().all():
+            raise ValueError(f"{name} is not finite: the training has diverged")
 
     for name, p in adapter_parameters(layers).items():
         p.data.copy_(given[name])
@@ -415,7 +427,7 @@ def linear_layers(model, targets):
 
 
 def new_layers(linears, method, **options):
-    """{name: adapted layer} of {name: linear layer}; no model is changed yet"""
+    """{name: adapted layer} of {name: linear layer}; the model does not hold them yet"""
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     return {name: METHODS[method](linear, **options) for name, linear in linears.items()}
@@ -431,12 +443,12 @@ def replace(model, layers):
 
 
 def state_of(layers):
-    kinds = {str(layer.options): layer.options for layer in layers.values()}
-    if len(kinds) != 1:
-        raise ValueError(f"the model has adapters of {len(kinds)} kinds, {', '.join(kinds)}: one is needed, see adapt")
+    options = [layer.options for layer in layers.values()]
+    if not options or any(other != options[0] for other in options):
+        raise ValueError("the model has no adapter, or several kinds, which a state cannot tell apart: adapt it once")
     samples = {name: sample(layer.W0) for name, layer in layers.items()}
     trained = {name: p.detach().to("cpu", copy=True) for name, p in adapter_parameters(layers).items()}
-    return {"options": kinds.popitem()[1], "W0": samples, "trained": trained}
+    return {"options": dict(options[0]), "W0": samples, "trained": trained}
 
 
 def adapter_parameters(layers):
@@ -459,7 +471,8 @@ def sample(W0):
 
 
 def conv1d():
-    """transformers' Conv1D, a linear layer that stores its weight (in, out); () where nobody has imported it"""
+    """transformers' Conv1D, a linear layer that stores its weight (in, out); or (), no class to isinstance, where nobody
+    has imported it"""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
 
 
@@ -487,14 +500,15 @@ def hooks_of(module):
     return {key: value for key, value in vars(module).items() if "hook" in key}
 
 
-def mould_of(linear):
-    """A copy without its tensors, for merging; in a list, or it would be a submodule of the adapted layer"""
+def without_tensors(linear):
+    """[a copy of the layer in which each parameter is None, which its memo says is the copy], from which merging makes
+    the plain layer; in a list, or it would be a submodule of the adapted layer"""
     return [copy.deepcopy(linear, {id(p): None for p in linear.parameters()})]
 
 
 def plain_layer(layer, weight):
     """A frozen layer of the class that was adapted, with this weight, the same bias, and hooks put there since"""
-    plain = copy.deepcopy(layer.mould[0])
+    plain = copy.deepcopy(layer.template[0])
     plain.weight, plain.bias = weight, layer.bias
     vars(plain).update(hooks_of(layer))
     return plain.train(layer.training).requires_grad_(False)
@@ -542,11 +556,10 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(n, n)
 
     def forward(self, x):
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, n_head, C / n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, C / n_head) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, n_head, T, C / n_head)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class MLP(nn.Module):
