@@ -383,8 +383,7 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
             raise ValueError(f"{name}: W0 is {off / expected.norm():.1%} off that of the training: load the same base")
 
     adapted = adapted_layers(model)
-    linears = {name: model.get_submodule(name) for name in state["W0"]}
-    layers = adapted or new_layers(linears, **state["options"])
+    layers = adapted or new_layers({name: model.get_submodule(name) for name in state["W0"]}, **state["options"])
     mine = state_of(layers)
     if mine["options"] != state["options"]:
         raise ValueError(f"the adapter has {state['options']}, the model {mine['options']}: they must be alike")
@@ -458,7 +457,7 @@ def adapter_parameters(layers):
 
 
 def shapes(tensors):
-    return {(name, tuple(p.shape)) for name, p in tensors.items()}
+    return {(name, p.shape) for name, p in tensors.items()}
 
 
 def sample(W0):
