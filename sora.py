@@ -492,7 +492,6 @@ def why_not(linear, r, alpha):
         return f"r={r} is outside 1..{min(linear.weight.shape)}"
     if not 0 < alpha < math.inf:
         return f"alpha={alpha} is no number above 0"
-    return None
 
 
 def hooks_of(module):
