@@ -619,12 +619,3 @@ class GPT(nn.Module):
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    @torch.no_grad()
-    def generate(self, tokens: torch.Tensor, n: int, temperature: float = 1.0, generator=None) -> torch.Tensor:
-        """Append n sampled tokens: (B, T) -> (B, T + n). Nothing is cached, so each token costs a full pass."""
-        for _ in range(n):
-            logits = self(tokens[:, -self.config.block_size:])[:, -1]  # (B, vocab)
-            p = (logits / temperature).float().softmax(-1)
-            tokens = torch.cat([tokens, torch.multinomial(p, 1, generator=generator)], 1)
-        return tokens
