@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""The experiments of this folder: python data/results/run.py rates main controls
+
+Each appends its rows to NAME.jsonl beside this script, seed by seed; what stands there already is not run again.
+"""
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+import sora  # noqa: E402
+import train_gpt  # noqa: E402
+
+# Controls: the cells that the paper's table of placement and kind leaves empty
+
+
+class PostDiagLinear(sora.PreDiagLinear):
+    """W' = diag(d) (W0 + sBA): a diagonal after the update, as in DoRA, but learned without a norm"""
+
+    method = "postdiag"
+    before = sora.LoRALinear.before
+
+    def after(self, y):
+        return sora.scaled(y, self.d)
+
+
+class RotationLinear(sora.SORALinear):
+    """W' = R (W0 + sBA): SORA without its diagonal"""
+
+    method = "rotation"
+    before = sora.LoRALinear.before
+
+    def __init__(self, linear, r=16, alpha=32, r_p=4, exact=True):
+        super().__init__(linear, r, alpha, r_p, exact)
+        self.d.requires_grad_(False)  # which nothing reads
+
+
+class PreRotationLinear(RotationLinear):
+    """W' = R W0 + sBA: a rotation before the update"""
+
+    method = "prerotation"
+    before = sora.SORALinear.after
+    after = sora.LoRALinear.after
+
+
+CONTROLS = {cls.method: cls for cls in (PostDiagLinear, RotationLinear, PreRotationLinear)}
+sora.METHODS |= CONTROLS
+
+ADAPTERS = ["lora", "lora:r=21", "dora", "prediag", "sora", *CONTROLS]
+RATES = {"full": ["1.4e-3", "2.8e-3", "5.6e-3"]} | dict.fromkeys(ADAPTERS, ["5e-3", "1e-2", "2e-2"])
+EXPERIMENTS = {  # the rows, the seeds, and whether the tuning tenth of the text judges, or the last
+    "rates": ([f"{name}:lr={lr}" for name, rates in RATES.items() for lr in rates], 3, True),
+    "main": (["frozen", "full", "lora", "lora:r=21", "dora", "prediag", "sora"], 5, False),
+    "controls": (["lora", "postdiag", "rotation", "prerotation"], 5, False),
+}
+
+
+def run(experiment):
+    methods, seeds, tuning = EXPERIMENTS[experiment]
+    path = HERE / f"{experiment}.jsonl"
+    sys.argv = ["train_gpt.py", "--methods", ",".join(methods), "--seeds", str(seeds), "--json", str(path)]
+    args = train_gpt.arguments()
+    base = train_gpt.load_base(args)
+    data, *held_out = train_gpt.load_data(args, base.config.vocab_size)
+    windows = held_out[0] if tuning else held_out[1]
+    args.judged_by = "tuning" if tuning else "final"
+    args.json, start = str(path), train_gpt.evaluate(base, windows, args)
+    done = {(row["name"], row["seed"]) for row in map(json.loads, path.read_text().splitlines())}
+    rows = args.rows
+    for seed in range(seeds):
+        args.rows = [row for row in rows if (row["name"], seed) not in done]
+        if args.rows and not args.stopped:
+            print(f"{experiment}, seed {seed}")
+            train_gpt.train(base, seed, data, windows, args)
+    train_gpt.print_table([*map(json.loads, path.read_text().splitlines())], start)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or EXPERIMENTS:
+        run(name)
