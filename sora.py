@@ -150,7 +150,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # Both ways give the same, up to rounding. Making W' costs a product more in the backward pass, 2 n in out; going
-        # by outputs costs some passes over (n, out). So W' pays where n is large and the layer is narrow.
+        # by outputs costs some passes over (n, out). So W' pays where n is large and the layer narrow: on two CPU cores
+        # it takes 0.60 to 0.84 of the time for n = 2048 and in = out = 128, but 1.15 to 1.40 for in = out = 1024.
         many = input.numel() >= 512 * self.in_features
         narrow = self.in_features <= (512 if input.is_cpu else 2048)
         if many and narrow:
@@ -590,6 +591,8 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
         self.config, n = config, config.n_embd
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, n),

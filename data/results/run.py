@@ -9,8 +9,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-import sora  # noqa: E402
-import train_gpt  # noqa: E402
+import sora
+import train_gpt
 
 # Controls: the cells that the paper's table of placement and kind leaves empty
 
@@ -48,7 +48,7 @@ CONTROLS = {cls.method: cls for cls in (PostDiagLinear, RotationLinear, PreRotat
 sora.METHODS |= CONTROLS
 
 ADAPTERS = ["lora", "lora:r=21", "dora", "prediag", "sora", *CONTROLS]
-RATES = {"full": ["1.4e-3", "2.8e-3", "5.6e-3"]} | dict.fromkeys(ADAPTERS, ["5e-3", "1e-2", "2e-2"])
+RATES = {"full": ["1.4e-3", "2.8e-3", "5.6e-3"]} | {name: ["5e-3", "1e-2", "2e-2"] for name in ADAPTERS}
 EXPERIMENTS = {  # the rows, the seeds, and whether the tuning tenth of the text judges, or the last
     "rates": ([f"{name}:lr={lr}" for name, rates in RATES.items() for lr in rates], 3, True),
     "main": (["frozen", "full", "lora", "lora:r=21", "dora", "prediag", "sora"], 5, False),
