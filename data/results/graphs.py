@@ -19,7 +19,7 @@ WAYS = ("eager", "whole", "blocks")
 
 
 def main():
-    sys.argv = ["train_gpt.py", *"--init 12x12x768 --batch-size 8 --steps 50 --block-size 128".split(), *sys.argv[1:]]
+    sys.argv[1:1] = ["--init", "12x12x768", "--batch-size", "8", "--steps", "50", "--block-size", "128"]
     args = train_gpt.arguments()
     base = train_gpt.load_base(args)
     data, _, _ = train_gpt.load_data(args, base.config.vocab_size)
