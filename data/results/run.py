@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The experiments of this folder: python data/results/run.py rates main controls
+"""The experiments of this folder: python data/results/run.py main controls rates
 
 Each appends its rows to NAME.jsonl beside this script, seed by seed; what stands there already is not run again.
 """
@@ -47,12 +47,12 @@ class PreRotationLinear(RotationLinear):
 CONTROLS = {cls.method: cls for cls in (PostDiagLinear, RotationLinear, PreRotationLinear)}
 sora.METHODS |= CONTROLS
 
-ADAPTERS = ["lora", "lora:r=21", "dora", "prediag", "sora", *CONTROLS]
-RATES = {"full": ["1.4e-3", "2.8e-3", "5.6e-3"]} | {name: ["5e-3", "1e-2", "2e-2"] for name in ADAPTERS}
+ADAPTERS = ["lora", "lora:r=21", "dora", "prediag", "sora"]
+RATES = {"full": ["2e-3", "2.8e-3", "4e-3"]} | {name: ["7e-3", "1e-2", "1.4e-2"] for name in ADAPTERS}
 EXPERIMENTS = {  # the rows, the seeds, and whether the tuning tenth of the text judges, or the last
-    "rates": ([f"{name}:lr={lr}" for name, rates in RATES.items() for lr in rates], 3, True),
     "main": (["frozen", "full", "lora", "lora:r=21", "dora", "prediag", "sora"], 5, False),
     "controls": (["lora", "postdiag", "rotation", "prerotation"], 5, False),
+    "rates": ([f"{name}:lr={lr}" for name, rates in RATES.items() for lr in rates], 3, True),
 }
 
 
