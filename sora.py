@@ -16,8 +16,8 @@ it applied before sBA is added or after, and what kind of matrix is it?
     Pre-Diag    diag(d)    -          diag(d) W0 + sBA         A B d        out
     SORA        diag(d)    R          R (diag(d) W0 + sBA)     A B d C E    out + 2 r_p out
 
-    DoRA's g = m / ‖W0 + sBA‖row, where ‖·‖row is the norm of each row. SORA's R is a rotation, RᵀR = I, made of two thin
-    matrices C and E (out, r_p). At the start B = 0, d = 1, m = ‖W0‖row, and E = C, which makes R = I: so W' = W0.
+    DoRA's g = m / ‖W0 + sBA‖row, where ‖·‖row is the norm of each row. SORA's R is a rotation, RᵀR = I, made of two
+    thin matrices C and E (out, r_p). At the start B = 0, d = 1, m = ‖W0‖row, and E = C, which makes R = I: W' = W0.
 
 SORA stands for Skewed Orthogonal Rotation Adaptation: R is made of a skew matrix (see `rotation`).
 
@@ -26,13 +26,13 @@ entropy of its singular values (`svd_entropy`). Full fine-tuning changes a weigh
 directions only. A diagonal changes every direction, as (diag(d) − I) W0 is not of low rank; this, the paper holds, is
 why DoRA beats LoRA. Why before? DoRA's diagonal, after the sum, rescales BA too and depends on it through the norm; d
 calibrates W0 alone, at less cost. Why rotate? A diagonal can only stretch each output feature; a rotation mixes them,
-and keeps the length of the output. (The yardstick does not see this: a rotation leaves the singular values of the matrix
-M that it multiplies alone, and what it adds to the update, (R − I) M, has rank 2 r_p at most.)
+and keeps the length of the output. (The yardstick hardly sees this: R leaves the singular values of the matrix M that
+it multiplies alone, and what it adds to the update, (R − I) M, has rank 2 r_p at most.)
 
 One observation makes the code short. Since (R M) x = R (M x), a conditioning acts on whatever has output features: on
 what comes out of the layer, W0 x, for each x, and on W0 itself, which is W0 x with the columns of the identity for x.
-So one function, `LoRALinear.conditioned`, gives both W'x and W', and a method is a line or two. The formulas are for one
-column x; the code holds many of them as the rows of an array, so that A x is written F.linear(x, A).
+So one function, `LoRALinear.conditioned`, gives both W'x and W', and a method is a line or two. The formulas are for
+one column x; the code holds many of them as the rows of an array, so that A x is written F.linear(x, A).
 
 Glossary
     here            in the formulas                                              in the authors' code
@@ -119,7 +119,7 @@ class LoRALinear(nn.Module):
 
     def conditioned(self, y, h):
         """after(before(y) + s B h), that is W'x (n, out), of y = W0 x (n, out) and h = A x (n, r)"""
-        with full_precision(y):
+        with no_autocast(y):
             y = torch.addmm(self.before(y), h, self.B.T.to(y.dtype), alpha=self.s)
             return self.after(y)
 
@@ -130,13 +130,13 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """W' as the adapted layer stored its weight, in W0's dtype, with gradients; put together at each reading. A
-        module that reads a layer's weight instead of calling the layer so gets the adapted one."""
+        """W' as the adapted layer stored its weight, in W0's dtype, with gradients; put together at each reading. So a
+        module that reads layer.weight, without calling the layer, gets the adapted one."""
         return self.oriented(self.wide_weight()).to(self.W0.dtype)
 
     def by_weight(self, x):
         """W'x + b, after W' is made"""
-        return F.linear(x, self.oriented(self.weight), self.bias)
+        return F.linear(x, self.wide_weight().to(self.W0.dtype), self.bias)
 
     def by_outputs(self, x):
         """W'x + b, and x never meets W'"""
@@ -149,9 +149,10 @@ class LoRALinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        # Both ways give the same, up to rounding. Making W' costs a product more in the backward pass, 2 n in out; going
-        # by outputs costs some passes over (n, out). So W' pays where n is large and the layer narrow: on two CPU cores
-        # it takes 0.60 to 0.84 of the time for n = 2048 and in = out = 128, but 1.15 to 1.40 for in = out = 1024.
+        # Both ways give the same, up to rounding. By weight costs the making of W', whatever n is, and a product more
+        # in the backward pass; by outputs costs some passes over (n, out). So W' pays where many tokens meet a narrow
+        # layer: on two CPU cores it takes 0.60 to 0.84 of the time for n = 2048 and in = out = 128, but 1.15 to 1.40
+        # for in = out = 1024.
         many = input.numel() >= 512 * self.in_features
         narrow = self.in_features <= (512 if input.is_cpu else 2048)
         if many and narrow:
@@ -166,7 +167,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """W' (out, in) in W0's dtype; bit for bit W0 until something is trained."""
-        return self.oriented(self.weight)
+        return self.wide_weight().to(self.W0.dtype)
 
     def oriented(self, W):
         """(out, in) of a weight as the adapted layer stores it, and back: only transformers' Conv1D has (in, out)"""
@@ -195,7 +196,7 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def row_norms(self):
         W0 = wide(self.oriented(self.W0))
-        with full_precision(W0):
+        with no_autocast(W0):
             W = torch.addmm(W0, wide(self.B), wide(self.A), alpha=self.s)
         return torch.linalg.vector_norm(W, dim=1).clamp(min=1e-6)  # a row of zeros must not divide by 0
 
@@ -234,7 +235,7 @@ class SORALinear(PreDiagLinear):
 
     Where we differ from the authors' layer, on purpose:
     - theirs is R = I + S, S skew (`rotation`): RᵀR = I − S², so norms can only grow; exact=False gives it;
-    - theirs scales and rotates the bias too, and leaves I out of the merged weight: a fresh adapter merges to zero.
+    - theirs scales and rotates the bias too, and merges to S (diag(d) W0 + sBA), without I: a fresh adapter to zero.
     """
 
     method = "sora"
@@ -272,16 +273,17 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
     I + S/2 is the transpose of I − S/2 and commutes with it. As I + S/2 = (I − S/2) + S, it is R = I + (I − S/2)⁻¹ S.
 
     To invert a matrix of 2 r_p rows only, let V = [C, E − C] and Q = t (0 −I; I 0), with blocks r_p wide. Multiplied
-    out, V Q Vᵀ = S, and (I − S/2) V = V Q (Q⁻¹ − VᵀV/2). Hence (I − S/2)⁻¹ V Q = V (Q⁻¹ − VᵀV/2)⁻¹, and times Vᵀ
+    out, V Q Vᵀ = S. So (I − S/2) V = V − V Q VᵀV/2 = V Q (Q⁻¹ − VᵀV/2), hence (I − S/2)⁻¹ V Q = V (Q⁻¹ − VᵀV/2)⁻¹, and
+    times Vᵀ
 
         R = I + V (Q⁻¹ − VᵀV/2)⁻¹ Vᵀ = I + K Vᵀ
 
     t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)), of Frobenius norms, is the authors': with it S grows as C and E do once they are
     large, without it as their square. Their R stops at I + S (exact=False, K = V Q), the transform's first order.
-    Where E = C, the second half of V is 0 and so is the first half of K: R = I, to the last bit.
+    Where E = C, V = [C, 0] and K = [0, −tC]: R = I, to the last bit.
     """
     C, E = wide(C), wide(E)
-    with full_precision(C):
+    with no_autocast(C):
         V = torch.cat([C, E - C], 1)  # (out, 2 r_p)
         norms = torch.linalg.vector_norm(torch.stack([C, E]), dim=(1, 2))
         one_over_t = (norms.sum() + 1e-6).clamp(min=1)
@@ -290,7 +292,7 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
         X = one_over_t * torch.cat([lower, -upper])  # Q⁻¹ = (0 I; −I 0) / t, (2 r_p, 2 r_p)
         if exact:
             X = torch.addmm(X, V.T, V, alpha=-0.5)  # Q⁻¹ − VᵀV/2
-        inverse, _ = torch.linalg.inv_ex(X)  # X is never singular, and inv would wait for the GPU to check that
+        inverse, _ = torch.linalg.inv_ex(X)  # X is regular, as Q and I − S/2 are; inv would wait for the GPU
         return V @ inverse, V
 
 
@@ -299,8 +301,8 @@ def wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def full_precision(x):
-    """Without autocast, each product is in the dtype of its factors"""
+def no_autocast(x):
+    """Here each product is in the dtype of its factors"""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # autocast knows no meta device
 
 
@@ -337,8 +339,8 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
 
 def merge(model: nn.Module) -> nn.Module:
     """Turn every adapted layer, if any, into the plain, frozen one it was, with weight W' and the same bias, in place.
-    Nothing is merged unasked, in train() or eval(). W' has W0's dtype: bfloat16 loses 50, 17, 3 % of an update of 0.3,
-    1, 5 % of ‖W0‖, float16 an eighth of that. Warns where over half is lost."""
+    Nothing is merged unasked, in train() or eval(). W' is rounded to W0's dtype: bfloat16 loses half of an update of
+    0.3 % of ‖W0‖, 17 % at 1 %, 3 % at 5 %; float16 an eighth of that. Warns where over half is lost."""
     for name, layer in adapted_layers(model).items():
         delta, weight = layer.delta(), layer.merged_weight()
         lost = delta - (wide(weight) - layer.oriented(layer.W0))
@@ -369,8 +371,8 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
     """Put an adapter_state_dict on `model`, in place: on a plain base, which it adapts, or on a model adapted alike.
 
     Raises ValueError, before any number is changed, where `state` is not whole and finite, a layer is missing, the
-    model is adapted in another way, or a W0 is not that of the training: its sixteen entries are off by more than 0.5 %,
-    in norm. (Those of a base that was cast to 16 bits are off by 0.4 % at most.)
+    model is adapted in another way, or a W0 is not that of the training: its sixteen entries are off by more than
+    0.5 %, in norm. (Those of a base that was cast to 16 bits are off by 0.4 % at most.)
     """
     if not isinstance(state, dict) or state.keys() != {"options", "W0", "trained"}:
         raise ValueError("this is no adapter_state_dict: save that of an adapted model")
@@ -434,7 +436,7 @@ def new_layers(linears, method, **options):
 
 
 def replace(model, layers):
-    """Put {name: layer} in place of what has these names, also where that stands under further names."""
+    """Put {name: layer} in place of what has these names, under every name that it has."""
     substitutes = {model.get_submodule(name): layer for name, layer in layers.items()}
     for name, module in [*model.named_modules(remove_duplicate=False)]:
         if module in substitutes:
@@ -471,8 +473,8 @@ def sample(W0):
 
 
 def conv1d():
-    """transformers' Conv1D, a linear layer that stores its weight (in, out); or (), no class to isinstance, where nobody
-    has imported it"""
+    """transformers' Conv1D, a linear layer that stores its weight (in, out); or (), which isinstance takes for no class,
+    where nobody has imported it"""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
 
 
@@ -500,8 +502,8 @@ def hooks_of(module):
 
 
 def without_tensors(linear):
-    """[a copy of the layer in which each parameter is None, which its memo says is the copy], from which merging makes
-    the plain layer; in a list, or it would be a submodule of the adapted layer"""
+    """[a copy of the layer without its parameters], from which merging makes the plain layer: deepcopy takes the memo's
+    None for a copy made already. In a list, or it would be a submodule of the adapted layer."""
     return [copy.deepcopy(linear, {id(p): None for p in linear.parameters()})]
 
 

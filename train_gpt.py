@@ -66,7 +66,7 @@ def main():
 
 
 def train(base, seed, data, windows, args):
-    """All methods in lockstep, with one seed. Returns the numbers of each. Ctrl-C ends the training, not the program."""
+    """All methods in lockstep, with one seed. Returns the numbers of each. Ctrl-C ends the training alone."""
     runs = [Run(base, row, seed, args) for row in args.rows]
     try:
         for step, batch in enumerate(batches(data, seed, args), 1):
@@ -293,7 +293,7 @@ def arguments():
     flag = p.add_argument
     flag("--init", default=DATA / "base.pt", help=f"a checkpoint, one of {','.join(GPT2)}, or a new one as 6x4x128")
     flag("--data", default=DATA / "shakespeare.txt", help="a text: 80 %% trains, the last 10 %% validates")
-    flag("--methods", type=methods, dest="rows", help="rows of the table, as full,lora:r=21,sora:r_p=2:exact=0; also dora,prediag,frozen")
+    flag("--methods", type=methods, dest="rows", help="the table's rows: full,lora:r=21,sora:r_p=2:exact=0,dora,...")
     flag("--targets", nargs="+", metavar="NAME", help="layers to adapt, by the ends of their names: c_attn mlp.c_proj")
     flag("--r", type=COUNT, default=16, help="rank of the low-rank pair (16)")
     flag("--alpha", type=NUMBER, default=32.0, help="the pair is scaled by alpha / r (32)")
@@ -445,7 +445,8 @@ def announce(args, base, data, windows, start):
     say(f"device    {args.device}, {device}, torch {torch.__version__}, {args.dtype}, compiled: {args.compile}")
     say(f"base      {args.init}: {base.config}")
     say(f"data      {args.data}: {len(data):,} training tokens, {len(windows)} validation windows of {args.block_size}")
-    say(f"training  {args.seeds} seed(s), {args.steps} steps of {args.batch_size} x {args.block_size} tokens, lr {rates}")
+    batch = f"{args.batch_size} x {args.block_size} tokens"
+    say(f"training  {args.seeds} seed(s), {args.steps} steps of {batch}, lr {rates}")
     say(f"start     validation loss {start:.4f}, the base's: every method starts there\n")
 
 
@@ -621,7 +622,7 @@ def of_nanogpt(file):
 
 
 if __name__ == "__main__":
-    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # where the encoding has no ‖; a notebook has no such call
+    getattr(sys.stdout, "reconfigure", dict)(errors="replace")  # ‖, say; a notebook has no such call
     try:
         main()
     except KeyboardInterrupt:
