@@ -22,7 +22,6 @@ import re
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,10 +37,8 @@ DATA = Path(__file__).resolve().parent / "data"
 WARM_UP = 3  # steps that the median time leaves out
 WINDOWS = 256  # at most so many validation windows
 POINTS, FLOOR = 33, 1e-4  # a spectrum is kept as so many of its σ, evenly spread, over the largest, none below FLOOR
-DEFAULTS = {  # of a small model, and of one as wide as GPT-2, as LoRA's authors and nanoGPT tune it
-    "small": {"steps": 80, "batch_size": 16, "block_size": 128},
-    "large": {"steps": 200, "batch_size": 16, "block_size": 1024},
-}
+STEPS = {"small": 80, "large": 200}  # of a small model, and of one as wide as GPT-2
+# learning rates, of a large model as LoRA's authors and nanoGPT tune it
 RATES = {"small": {"full": 2.8e-3, "frozen": 2e-3, "adapter": 1e-2}, "large": {"full": 3e-5, "adapter": 2e-4}}
 LIVE = getattr(sys.stdout, "isatty", bool)()  # a notebook's stdout need not have it
 
@@ -58,15 +55,14 @@ def main():
     rows = []
     try:
         for seed in range(args.seeds):
-            rows += train(base, seed, data, windows, args)
-            if args.stopped:
-                break
+            if not args.stopped:
+                train(base, seed, data, windows, args, rows)
     finally:  # what has finished, also where a row fails
         print_table(rows, start)
 
 
-def train(base, seed, data, windows, args):
-    """All methods in lockstep, with one seed. Returns the numbers of each. Ctrl-C ends the training alone."""
+def train(base, seed, data, windows, args, rows):
+    """All methods in lockstep, with one seed. Appends the numbers of each to rows. Ctrl-C ends the training alone."""
     runs = [Run(base, row, seed, args) for row in args.rows]
     try:
         for step, batch in enumerate(batches(data, seed, args), 1):
@@ -75,9 +71,9 @@ def train(base, seed, data, windows, args):
             report(step, seed, runs, args)
     except KeyboardInterrupt:
         args.stopped = True
-    rows = [run.finish(base, windows) for run in runs]
-    write_rows(rows, args)
-    return rows
+    for run in runs:
+        rows.append(run.finish(base, windows))
+        write_row(rows[-1], args)
 
 
 def batches(data, seed, args):
@@ -134,7 +130,7 @@ class Run:
 
     def finish(self, base, windows):
         """The row's numbers: its settings, loss, speed, and the spectrum of its update."""
-        ms = 1e3 * statistics.median(self.seconds[WARM_UP:] or self.seconds or [math.nan])
+        ms = 1e3 * statistics.median(self.seconds[WARM_UP:] or [math.nan])
         found = self.row | {"seed": self.seed, "ms": ms, "train": self.losses, "loss": math.nan}
         if not self.lost:
             found["loss"] = evaluate(self.model, windows, self.args)
@@ -209,7 +205,7 @@ def spectrum(base, model):
         layer = model.get_submodule(name)
         if isinstance(layer, sora.LoRALinear):
             delta = layer.delta()
-        elif linear is base.lm_head:  # most often the embedding
+        elif linear is base.lm_head:  # the embedding too, whose update is no linear layer's
             continue
         else:
             delta = layer.weight.detach() - linear.weight
@@ -238,7 +234,7 @@ def blame(flag):
     """Turn an error into one line about this flag, and exit code 2."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, TypeError, AssertionError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
         fail(f"{flag}: {error!s:.500}")
 
 
@@ -299,8 +295,8 @@ def arguments():
     flag("--alpha", type=NUMBER, default=32.0, help="the pair is scaled by alpha / r (32)")
     flag("--lr", type=NUMBER, help="peak learning rate of all rows (of each method its own)")
     flag("--steps", type=COUNT, help="optimiser steps (80, of a model of GPT-2's width 200)")
-    flag("--batch-size", type=COUNT, help="sequences a step (16)")
-    flag("--block-size", type=COUNT, help="tokens a sequence (128, of a model of GPT-2's width 1024)")
+    flag("--batch-size", type=COUNT, default=16, help="sequences a step (16)")
+    flag("--block-size", type=COUNT, help="tokens a sequence (the model's context, at most 1024)")
     flag("--seeds", type=COUNT, default=1, help="runs of each row: more than one gives errors (1)")
     flag("--device", help="cpu, cuda, cuda:1, mps (a GPU where there is one)")
     flag("--dtype", choices=["float32", "bfloat16"], help="of the products (on CUDA bfloat16, else float32)")
@@ -309,17 +305,18 @@ def arguments():
     flag("--json", metavar="FILE", help="to which each row is appended as a line, with all settings")
     args = p.parse_args()
     args.stopped = False
-    args.rows = args.rows or methods(f"full,lora,lora:r={args.r + 5},dora,prediag,sora")  # r + 5: of SORA's size
+    equal = args.r + 5  # in a GPT, at which LoRA has the size of SORA
+    args.rows = args.rows or methods(f"full,lora,lora:r={equal},dora,prediag,sora")
     found = "cpu"
     if torch.accelerator.is_available():
         found = torch.accelerator.current_accelerator()
     with blame(f"--device {args.device}"):
-        args.device = torch.zeros(1, device=args.device or found).nonzero().device  # nonzero: "meta" cannot compute
+        args.device = torch.device(args.device or found)
+        torch.zeros(1, device=args.device).item()  # "meta" cannot do this
     args.dtype = args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")
     with blame(f"--save {args.save}, --json {args.json}"):  # now, for it is too late when the work is done
         if args.save:
             os.makedirs(args.save, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.save).close()
         if args.json:
             open(args.json, "a").close()
     return args
@@ -333,14 +330,17 @@ def load_base(args):
     with blame(f"--init {args.init}"):
         base = load_gpt(args.init)
         size = "large" if base.config.n_embd >= 768 else "small"
-        for key, value in DEFAULTS[size].items():
-            vars(args)[key] = vars(args)[key] or value
+        args.steps = args.steps or STEPS[size]
+        args.block_size = args.block_size or min(1024, base.config.block_size)
+        if base.config.vocab_size < 256:
+            raise ValueError(f"its vocabulary of {base.config.vocab_size} tokens is not GPT-2's")
         if args.block_size > base.config.block_size:
             raise ValueError(f"its context is {base.config.block_size} tokens: ask for a smaller --block-size")
     for row in args.rows:
         row.setdefault("lr", args.lr or RATES[size].get(row["method"], RATES[size]["adapter"]))
         if row["method"] in sora.METHODS:
-            row |= {"r": args.r, "alpha": args.alpha} | row
+            row.setdefault("r", args.r)
+            row.setdefault("alpha", args.alpha)
     return base.to(args.device).requires_grad_(False)
 
 
@@ -359,12 +359,9 @@ def load_data(args, vocab_size):
 
 
 def windows_of(tokens, args):
-    """(N, T + 1), each token predicted once; whole batches, where there are so many"""
+    """(N, T + 1), each token predicted once; at most WINDOWS, evenly spread"""
     windows = tokens.unfold(0, args.block_size + 1, args.block_size)
-    n = min(WINDOWS, len(windows))
-    if n > args.batch_size:
-        n -= n % args.batch_size
-    return windows[torch.linspace(0, len(windows) - 1, n).long()]
+    return windows[torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).long()]
 
 
 def load_vocabulary(size):
@@ -389,23 +386,20 @@ def save(run):
     name = run.name.replace(":", "-")  # which not every system takes in a file's name
     path = os.path.join(run.args.save, f"{name}-{run.seed}.pt")
     with blame(f"--save {run.args.save}"):
-        with tempfile.NamedTemporaryFile(dir=run.args.save, suffix=".tmp", delete=False) as file:
-            torch.save(state, file)
-        os.replace(file.name, path)  # so that a half-written file never stands there
+        torch.save(state, f"{path}.{os.getpid()}.tmp")  # then a move: a half-written file never stands there
+        os.replace(f"{path}.{os.getpid()}.tmp", path)
     return f", saved as {path}"
 
 
-def write_rows(rows, args):
-    """Where --json is given: a line for each row, all at once. NaN, which JSON lacks, becomes null."""
+def write_row(row, args):
+    """Where --json is given: a line, with all settings. NaN, which JSON lacks, becomes null."""
     if not args.json:
         return
     settings = vars(args) | {"rows": None, "torch": torch.__version__, "python": sys.version}
-    text = ""
-    for row in rows:
-        line = json.dumps(row | {"settings": settings}, default=str)
-        text += json.dumps(json.loads(line, parse_constant=lambda name: None)) + "\n"
+    line = json.dumps(row | {"settings": settings}, default=str)
+    line = json.dumps(json.loads(line, parse_constant=lambda name: None))
     with blame(f"--json {args.json}"), open(args.json, "a") as file:
-        file.write(text)
+        file.write(f"{line}\n")
 
 
 # ---- What is printed
@@ -452,7 +446,7 @@ def announce(args, base, data, windows, start):
 
 def report(step, seed, runs, args):
     """All losses side by side: as they fall on a terminal, now and then into a pipe."""
-    if LIVE or step % max(1, args.steps // 5) == 0 or step == args.steps:
+    if LIVE or step % max(1, args.steps // 5) == 0:
         losses = "  ".join(f"{run.name} {run.losses[-1]:.3f}" for run in runs if run.losses)
         say(f"seed {seed}  step {step} of {args.steps}  {losses}", live=True)
 
@@ -464,18 +458,18 @@ def print_table(rows, start):
         groups.setdefault(row["name"], []).append(row)
     if not groups:
         return
-    slow = "frozen" if "frozen" in groups else rows[0]["name"]
+    reference = "frozen" if "frozen" in groups else rows[0]["name"]
     table = [["method", *COLUMNS, "spectrum", ""], ["(base)", "-", f"{start:.3f}", *"------", "", ""]]
     for name, group in groups.items():
-        for row, other in zip(group, groups[slow]):
+        for row, other in zip(group, groups[reference]):
             row["ratio"] = row["ms"] / other["ms"]
         for row, other in zip(group, groups.get("lora", [])):  # what a seed does to both rows alike cancels
-            row["less"] = row["loss"] - other["loss"]
+            row["less"] = row["loss"] - other["loss"] if row is not other else math.nan
         cells = [cell(group, key, form) for key, form in COLUMNS.values()]
         notes = {row["note"]: None for row in group if row["note"]}
         table.append([name, *cells, sparkline(group), "; ".join(notes)])
 
-    table[0][table[0].index("×")] = f"× {slow}"
+    table[0][table[0].index("×")] = f"× {reference}"
     columns = [column for column in zip(*table) if set(column[1:]) - {"-", ""}]
     say()
     for line in zip(*map(aligned, columns)):
@@ -509,7 +503,10 @@ def sparkline(group):
     """Eight bars of the mean spectrum: log σ, from log FLOOR, drawn as a blank, to the largest."""
     spectra = [row["spectrum"] for row in group if "spectrum" in row]
     means = [statistics.fmean(logs) for logs in zip(*spectra)]
-    return "".join(" ▁▂▃▄▅▆▇█"[round(8 - 8 * log / math.log10(FLOOR))] for log in means[::POINTS // 8])[:8]
+    if not means:
+        return ""
+    logs = [means[i * (POINTS - 1) // 7] for i in range(8)]
+    return "".join(" ▁▂▃▄▅▆▇█"[round(8 - 8 * log / math.log10(FLOOR))] for log in logs)
 
 
 # ---- Checkpoints: GPT-2's released weights, nanoGPT's, our own
@@ -533,7 +530,7 @@ def load_gpt(name):
     perhaps with a config.json beside it), to nanoGPT's ckpt.pt or to what --save wrote for full; or 6x4x128, layers x
     heads x width, for random weights. No code from a file is ever run. Raises OSError (the file cannot be had),
     ValueError (it is none of these), RuntimeError (tensors are amiss)."""
-    shape = re.fullmatch(r"(\d{1,3})x(\d{1,3})x(\d{1,5})", str(name))
+    shape = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)x([1-9]\d{0,4})", str(name))
     if shape:
         torch.manual_seed(0)
         return sora.GPT(sora.GPTConfig(128, 2048, *map(int, shape.groups())))
@@ -608,7 +605,7 @@ def of_gpt2(file, beside):
 
 def of_nanogpt(file):
     """(config, state) of nanoGPT's layout, which is ours, with the exact GELU; perhaps with a prefix or masks, perhaps
-    without biases; or of what save_gpt wrote."""
+    without biases; or of what --save wrote."""
     told = {"gelu": "none"} | file.get("model_args", file.get("config"))
     state = {}
     for name, p in file["model"].items():

@@ -72,7 +72,7 @@ def run(experiment):
         args.rows = [row for row in rows if (row["name"], seed) not in done]
         if args.rows and not args.stopped:
             print(f"{experiment}, seed {seed}")
-            train_gpt.train(base, seed, data, windows, args)
+            train_gpt.train(base, seed, data, windows, args, [])
     train_gpt.print_table([*map(json.loads, path.read_text().splitlines())], start)
 
 
