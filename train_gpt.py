@@ -234,7 +234,7 @@ def blame(flag):
     """Turn an error into one line about this flag, and exit code 2."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, AssertionError) as error:
         fail(f"{flag}: {error!s:.500}")
 
 
@@ -405,9 +405,14 @@ def write_row(row, args):
 # ---- What is printed
 
 COLUMNS = {  # title: the number of a row, its format
-    "trained": ("trained", ",.0f"), "val loss": ("loss", ".3f"), "less lora": ("less", "+.3f"),
-    "ms/step": ("ms", ".0f"), "×": ("ratio", ".2f"),
-    "‖dW‖": ("change", ".3f"), "H(σ²)": ("entropy2", ".3f"), "H(σ)": ("entropy1", ".3f"),
+    "trained": ("trained", ",.0f"),
+    "val loss": ("loss", ".3f"),
+    "less lora": ("less", "+.3f"),
+    "ms/step": ("ms", ".0f"),
+    "×": ("ratio", ".2f"),
+    "‖dW‖": ("change", ".3f"),
+    "H(σ²)": ("entropy2", ".3f"),
+    "H(σ)": ("entropy1", ".3f"),
 }
 LEGEND = f"""
 val loss   in nats per token, over the same windows for all; ± is the standard error over the seeds
@@ -464,7 +469,7 @@ def print_table(rows, start):
         for row, other in zip(group, groups[reference]):
             row["ratio"] = row["ms"] / other["ms"]
         for row, other in zip(group, groups.get("lora", [])):  # what a seed does to both rows alike cancels
-            row["less"] = row["loss"] - other["loss"] if row is not other else math.nan
+            row["less"] = row["loss"] - other["loss"]
         cells = [cell(group, key, form) for key, form in COLUMNS.values()]
         notes = {row["note"]: None for row in group if row["note"]}
         table.append([name, *cells, sparkline(group), "; ".join(notes)])
