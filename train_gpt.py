@@ -107,7 +107,7 @@ class Run:
         try:
             loss = self.update(batch, learning_rate(step, self.row["lr"], self.args.steps))
         except (RuntimeError, MemoryError) as error:
-            if "memory" not in repr(error).lower():
+            if not re.search("MemoryError|out of memory|alloc", repr(error)):  # as the kinds of machines say it
                 raise
             self.lost = f"out of memory at step {step}: lower --batch-size or --block-size"
             self.model = self.forward = self.trained = self.optimizer = None  # for the others
