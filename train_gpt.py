@@ -92,10 +92,9 @@ class Run:
         self.name, self.row, self.seed, self.args = row["name"], row, seed, args
         self.losses, self.seconds, self.lost = [], [], ""
         torch.manual_seed(seed)
-        with blame(f"--methods {self.name}"):
-            self.model = self.forward = prepare(base, row, args)
+        self.model = self.forward = prepare(base, row, args)
         if args.compile:
-            self.forward = compiled(self.model, args)
+            self.forward = compiled(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
@@ -171,11 +170,10 @@ def prepare(base, row, args):
     return sora.adapt(model, row["method"], targets=args.targets, **options)
 
 
-def compiled(model, args):
-    """On CUDA in graphs, which spare the processor the issuing of operations: most of what SORA costs there."""
+def compiled(model):
+    """On CUDA in graphs (reduce-overhead), which spare the processor the issuing of operations."""
     torch._dynamo.config.recompile_limit = 64  # all rows compile the same lines
-    mode = "reduce-overhead" if args.device.type == "cuda" else "default"
-    return torch.compile(model, fullgraph=True, mode=mode)
+    return torch.compile(model, fullgraph=True, mode="reduce-overhead")
 
 
 # ---- Measuring
@@ -328,7 +326,7 @@ def arguments():
 def load_base(args):
     """The model to start from, frozen; and, now that its size is known, the defaults that go with it."""
     with blame(f"--init {args.init}"):
-        base = load_gpt(args.init)
+        base = load_gpt(args.init).requires_grad_(False)
         size = "large" if base.config.n_embd >= 768 else "small"
         args.steps = args.steps or STEPS[size]
         args.block_size = args.block_size or min(1024, base.config.block_size)
@@ -341,7 +339,9 @@ def load_base(args):
         if row["method"] in sora.METHODS:
             row.setdefault("r", args.r)
             row.setdefault("alpha", args.alpha)
-    return base.to(args.device).requires_grad_(False)
+        with blame(f"--methods {row['name']}"):  # a dry run, before anything is printed
+            prepare(base, row, args)
+    return base.to(args.device)
 
 
 def load_data(args, vocab_size):
@@ -615,8 +615,9 @@ def of_nanogpt(file):
     state = {}
     for name, p in file["model"].items():
         name = name.removeprefix("_orig_mod.")
-        if not name.endswith(".attn.bias"):  # a causal mask
-            state[name] = p.float()
+        if name.endswith(".attn.bias"):  # a causal mask
+            continue
+        state[name] = p.float()
         if told.get("bias") is False and name.startswith(("transformer.h.", "transformer.ln_f")):
             state[name.removesuffix("weight") + "bias"] = torch.zeros(len(p))
     fields = {field.name for field in dataclasses.fields(sora.GPTConfig)}

@@ -4,6 +4,7 @@
 Each appends its rows to NAME.jsonl beside this script, seed by seed; what stands there already is not run again.
 """
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -65,15 +66,22 @@ def run(experiment):
     data, *held_out = train_gpt.load_data(args, base.config.vocab_size)
     windows = held_out[0] if tuning else held_out[1]
     args.judged_by = "tuning" if tuning else "final"
-    args.json, start = str(path), train_gpt.evaluate(base, windows, args)
-    done = {(row["name"], row["seed"]) for row in map(json.loads, path.read_text().splitlines())}
+    start = train_gpt.evaluate(base, windows, args)
+    done = {(row["name"], row["seed"]) for row in rows_of(path)}
     rows = args.rows
     for seed in range(seeds):
         args.rows = [row for row in rows if (row["name"], seed) not in done]
         if args.rows and not args.stopped:
             print(f"{experiment}, seed {seed}")
             train_gpt.train(base, seed, data, windows, args, [])
-    train_gpt.print_table([*map(json.loads, path.read_text().splitlines())], start)
+    train_gpt.print_table(rows_of(path), start)
+
+
+def rows_of(path):
+    """The rows that stand there, but for those that Ctrl-C stopped; null, as JSON has no NaN, is nan again"""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    whole = [row for row in rows if not row["note"].startswith("stopped")]
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in whole]
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def read(experiment):
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     lines = text.split("\n")[:-1]  # what follows the last end of a line is still being written
     for row in map(json.loads, lines):
-        found.setdefault(row["name"], []).append(row)
+        if not row["note"].startswith("stopped"):  # by Ctrl-C
+            found.setdefault(row["name"], []).append(row)
         seeds = row["settings"]["seeds"]
     print(f"{path.name}: {len(lines)} rows, of {len(found)} methods × {seeds} seeds")
     return found
