@@ -3,15 +3,30 @@
 The references are slow, dense and in float64: the formulas as they are printed, one matrix after the other.
 """
 import ast
+import base64
+import codecs
 import copy
+import hashlib
+import io
+import json
 import math
+import os
 import pickle
 import re
+import runpy
+import shutil
+import socket
+import statistics
+import subprocess
 import sys
 import types
+import urllib.request
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +48,7 @@ from sora import (
     PreDiagLinear,
     SORALinear,
     adapt,
+    adapted_layers,
     adapter_state_dict,
     load_adapter,
     merge,
@@ -982,3 +998,744 @@ def test_the_upper_part_stands_alone(method, monkeypatch):
     assert_close(upper.merge(model)(x), y)
     assert torch.equal(again(x), y)
     assert torch.equal(upper.unmerge(again)(x), base(x))
+
+
+# ---- The script: train_gpt.py, the files it reads, the data. What stands above may be copied with sora.py alone
+
+import train_gpt
+from train_gpt import load_gpt
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = Path(train_gpt.__file__).resolve()
+DATA = SCRIPT.parent / "data"
+TINY = "--init base.pt --data text.txt --device cpu --block-size 8 --batch-size 4 --steps 4 --r 2"
+ROWS = ["full", "frozen", "lora", "lora:r=3", "dora", "prediag", "sora"]
+VOCABULARY = cache(train_gpt.load_vocabulary)
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+EVERY = f"--methods {','.join(ROWS)} --seeds 2"
+
+
+def small_gpt(**shape):
+    """The smallest that can read a text: the first 256 tokens are the bytes"""
+    return tiny_gpt(**{"vocab_size": 300, "block_size": 16, "n_embd": 16} | shape)
+
+
+def save_gpt(model, path):
+    torch.save({"config": asdict(model.config), "model": model.state_dict()}, path)
+
+
+def ask(monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", f"train_gpt.py {TINY} {flags}".split())
+
+
+def asked(monkeypatch, flags=""):
+    """The arguments and the base that these flags mean"""
+    ask(monkeypatch, flags)
+    args = train_gpt.arguments()
+    return args, train_gpt.load_base(args)
+
+
+def rows_of(path="rows"):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def each(key, rows):
+    return [row[key] for row in rows]
+
+
+def table_of(printed):
+    """{name: cells} of the last table printed"""
+    table = printed[printed.rindex("\nmethod  "):].strip().split("\n\n")[0]
+    lines = [re.split("  +", line) for line in table.splitlines()]
+    return {name: cells for name, *cells in lines}
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Runs the program, in a folder with a tiny base and a short text, and returns its rows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt, "WINDOWS", 8)
+    monkeypatch.setattr(train_gpt, "load_vocabulary", VOCABULARY)
+    save_gpt(trained(small_gpt(), 0.1), "base.pt")
+    Path("text.txt").write_text((DATA / "shakespeare.txt").read_text(encoding="utf-8")[:9999])
+
+    def main(flags):
+        Path("rows").unlink(missing_ok=True)
+        ask(monkeypatch, f"--json rows {flags}")
+        train_gpt.main()
+        return rows_of()
+
+    return main
+
+
+@pytest.fixture
+def program(script, monkeypatch):
+    """Runs the file as a program, within this process, and returns its exit code."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
+
+    def main(flags, path=SCRIPT):
+        ask(monkeypatch, flags)
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return main
+
+
+# ---- From end to end
+
+
+def test_all_methods_train_save_and_are_judged(script, capsys):
+    rows = script(f"{EVERY} --steps 12 --save out")
+    table = table_of(capsys.readouterr().out)
+    assert list(table) == ["method", "(base)", *ROWS]
+    assert each("name", rows) == 2 * ROWS
+    assert each("seed", rows) == 7 * [0] + 7 * [1]
+    assert each("trained", rows) == 2 * [11648, 256, 1024, 1536, 1024 + 288, 1024 + 288, 1024 + 9 * 288]
+    assert each("merged", rows) == pytest.approx(each("loss", rows), abs=1e-5)
+    assert max(each("loss", rows)) < float(table["(base)"][1]) - 0.001
+    assert len(os.listdir("out")) == 14
+
+
+def test_what_is_saved_gives_the_same_loss_when_it_is_loaded(script, monkeypatch):
+    rows = script("--methods full,sora --save out")
+    args, base = asked(monkeypatch)
+    full, adapter = load_gpt("out/full-0.pt"), torch.load("out/sora-0.pt", weights_only=True)
+    windows = train_gpt.load_data(args, 300)[2]
+    losses = [train_gpt.evaluate(model, windows, args) for model in (full, load_adapter(base, adapter))]
+    assert losses == pytest.approx(each("loss", rows), abs=1e-6)
+
+
+def test_the_same_command_gives_the_same_numbers(script):
+    flags = "--methods full,lora,sora --seeds 2"
+    first = script(flags)
+    torch.rand(3)  # what was drawn before does not matter
+    again = script(flags)
+    assert each("merged", first) == each("merged", again)
+    assert len({*each("merged", first)}) == 6
+
+
+def test_all_rows_of_a_seed_see_the_same_batches_and_start_alike(script, monkeypatch):
+    seen, update = defaultdict(set), train_gpt.Run.update
+
+    def note(run, batch, rate):
+        loss = update(run, batch, rate)
+        seen[run.seed, len(run.losses)].add(str(batch))
+        return loss
+
+    monkeypatch.setattr(train_gpt.Run, "update", note)
+    rows = script(EVERY)
+    assert list(map(len, seen.values())) == [1] * 8  # one batch of each step of each seed
+    assert len(set.union(*seen.values())) == 8
+    first = [row["train"][0] for row in rows]
+    assert first == pytest.approx(7 * first[:1] + 7 * first[7:8], abs=1e-5)
+
+
+def test_the_spectrum_is_that_of_the_update(script, monkeypatch):
+    args, base = asked(monkeypatch, "--methods lora --targets h.0.mlp.c_fc --r 5")
+    model = trained(train_gpt.prepare(base, args.rows[0], args))
+    layer = model.transformer.h[0].mlp.c_fc
+    found, sigma = train_gpt.spectrum(base, model), torch.linalg.svdvals(layer.s * layer.B @ layer.A).detach()
+    assert found["entropy1"] == pytest.approx(svd_entropy(sigma, 1), rel=1e-4)
+    assert found["change"] == pytest.approx(float(sigma.norm() / layer.W0.norm()), rel=1e-4)
+
+
+def invented(name, losses, ms, **more):
+    return [{"name": name, "seed": seed, "loss": loss, "ms": ms, "note": ""} | more for seed, loss in enumerate(losses)]
+
+
+def test_the_table_is_computed_seed_by_seed(capsys):
+    lora, sora, dora = [2.0, 4.0, 6.0], [1.0, 3.0, 5.1], [2.0, 3.0, 6.1]
+    falling = [-i / 16 for i in range(train_gpt.POINTS)]
+    rows = invented("full", [1, math.nan, 1], 30, note="lost") + invented("lora", lora, 20, trained=1234)
+    rows += invented("sora", sora, 60, spectrum=falling) + invented("dora", dora, 10)
+    train_gpt.print_table(rows, 7.0)  # sora less lora is -1, -1, -0.9, and dora less lora 0, -1, 0.1
+    assert table_of(capsys.readouterr().out) == {
+        "method": ["trained", "val loss", "less lora", "ms/step", "× full", "spectrum"],
+        "(base)": ["-", "7.000", "-", "-", "-"],
+        "full": ["-", "-", "-", "30", "1.00", "lost"],
+        "lora": ["1,234", "4.000 ± 1.155", "+0.000 ± 0.000", "20", "0.67"],
+        "sora": ["-", "3.033 ± 1.184", "-0.967 ± 0.033", "60", "2.00", "██▇▆▆▅▅▄"],
+        "dora": ["-", "3.700 ± 1.234", "-0.300 ± 0.351 ≈", "10", "0.33"],
+    }
+    train_gpt.print_table(rows + invented("frozen", lora, 15), 7.0)
+    assert table_of(capsys.readouterr().out)["sora"][4] == "4.00"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_what_is_frozen_is_shared_with_the_base_and_left_alone(name, script, monkeypatch):
+    args, base = asked(monkeypatch, f"--methods {name}")
+    theirs, before = {p.data_ptr() for p in base.parameters()}, copy.deepcopy(base.state_dict())
+    run = train_gpt.Run(base, args.rows[0], 0, args)
+    mine, start = ours(run.model), copy.deepcopy(ours(run.model))
+    for key, p in run.model.named_parameters():
+        assert (p.data_ptr() in theirs) == (key not in mine) <= (name != "full")
+
+    for _ in range(2):  # A has no gradient in the first step
+        run.update(tokens(4, 9), 1e-2)
+    assert same(base.state_dict(), before)
+    assert not any(torch.equal(p, start[key]) for key, p in mine.items())
+
+
+# ---- What goes wrong in a row
+
+
+def at(monkeypatch, act, name, step, seed=0):
+    """act(run) before this step of this row; what it returns, if anything, is taken for the loss"""
+    update = train_gpt.Run.update
+
+    def disturbed(run, batch, rate):
+        changed = None
+        if (run.name, run.seed, len(run.losses) + 1) == (name, seed, step):
+            changed = act(run)
+        loss = update(run, batch, rate)
+        return changed or loss
+
+    monkeypatch.setattr(train_gpt.Run, "update", disturbed)
+
+
+def throw(error, *_):
+    raise error
+
+
+def spoil_gradient(run):
+    run.trained[0].register_hook(lambda gradient: gradient * math.nan)
+
+
+SPENT = "out of memory at step 3: lower --batch-size or --block-size"
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+LOSSES = {  # what happens, at which step, and what is said
+    "nan": (lambda run: math.nan, 3, "diverged at step 3: lower its lr=0.01"),
+    "nan when judged": (spoil_gradient, 4, "diverged at step 4: lower its lr=0.01"),
+    "CUDA's memory": (partial(throw, CUDA), 3, SPENT), "the CPU's": (partial(throw, CPU), 3, SPENT),
+    "Python's": (partial(throw, MemoryError()), 3, SPENT),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_a_row_that_fails_stops_alone_and_says_at_which_step(case, script, monkeypatch, capsys):
+    act, step, note = LOSSES[case]
+    flags = "--methods frozen,lora,full"
+    undisturbed = script(flags)
+    at(monkeypatch, act, "lora", step)
+    rows = script(flags)
+    cells = table_of(capsys.readouterr().out)["lora"]
+    assert [cells[1], cells[-1]] == ["-", note]
+    assert len(rows[1]["train"]) == step - (note == SPENT)
+    assert rows[1]["loss"] is None
+    assert each("loss", rows[::2]) == each("loss", undisturbed[::2])
+
+
+DEFECTS = [RuntimeError("a defect"), RuntimeError("CUDA error: an illegal memory access was encountered")]
+
+
+@pytest.mark.parametrize("error", DEFECTS, ids=str)
+def test_any_other_error_is_raised_after_the_table_of_finished_seeds(error, script, monkeypatch, capsys):
+    at(monkeypatch, partial(throw, error), "lora", 2, seed=1)
+    with pytest.raises(type(error)) as raised:
+        script("--methods frozen,lora --seeds 3")
+    assert raised.value is error
+    assert "lora" in table_of(capsys.readouterr().out)
+
+
+def test_ctrl_c_judges_each_row_where_it_stands(script, monkeypatch, capsys):
+    at(monkeypatch, partial(throw, KeyboardInterrupt()), "lora", 3, seed=1)
+    rows = script("--methods frozen,lora,full --seeds 3")
+    assert each("note", rows) == ["", "", "", "stopped at step 3", "stopped at step 2", "stopped at step 2"]
+    assert each("merged", rows) == pytest.approx(each("loss", rows), abs=1e-5)
+    assert table_of(capsys.readouterr().out)["lora"][-1] == "stopped at step 2"
+
+
+def test_a_second_ctrl_c_ends_all_after_the_table_of_finished_seeds(script, monkeypatch, capsys):
+    def twice(run):
+        monkeypatch.setattr(train_gpt, "spectrum", partial(throw, KeyboardInterrupt()))
+        raise KeyboardInterrupt
+
+    at(monkeypatch, twice, "lora", 3, seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        script("--methods frozen,lora --seeds 3")
+    assert each("seed", rows_of()) == [0, 0]
+    assert "lora" in table_of(capsys.readouterr().out)
+
+
+def test_ctrl_c_outside_the_training_has_exit_code_130(program, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "from_numpy", partial(throw, KeyboardInterrupt()))
+    assert program("--methods lora") == 130
+    assert not capsys.readouterr().err
+
+
+# ---- What is asked for
+
+
+def test_rows_have_settings_of_their_own(script, monkeypatch):
+    rows = "lora,lora:r=3:lr=5e-4,sora:exact=0:r_p=1:alpha=8,full:lr=1"
+    args, base = asked(monkeypatch, f"--methods {rows} --lr 3e-3 --targets c_attn")
+    assert each("lr", args.rows) == [3e-3, 5e-4, 3e-3, 1]
+    for row, r in zip(args.rows, (2, 3, 2)):
+        layers = adapted_layers(train_gpt.prepare(base, row, args))
+        assert [*layers] == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+        options = layers["transformer.h.0.attn.c_attn"].options
+        assert options["r"] == r
+    assert options == {"method": "sora", "r": 2, "alpha": 8, "r_p": 1, "exact": False}
+
+
+WIDE = {"n_layer": 1, "n_head": 12, "n_embd": 768, "block_size": 2048}
+DEFAULTS = {  # the shape of the base, flags: steps, batch, block, rates of full, frozen and sora
+    "small": ({}, "", (80, 16, 16, 2.8e-3, 2e-3, 1e-2)),
+    "as wide as GPT-2": (WIDE, "", (200, 16, 1024, 3e-5, 2e-4, 2e-4)),
+    "asked": (WIDE, "--steps 7 --batch-size 3 --block-size 9 --lr 1", (7, 3, 9, 1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("case", DEFAULTS)
+def test_defaults_go_with_the_size_of_the_model(case, monkeypatch):
+    shape, flags, wanted = DEFAULTS[case]
+    monkeypatch.setattr(sys, "argv", f"train_gpt.py --methods full,frozen,sora {flags}".split())
+    monkeypatch.setattr(train_gpt, "load_gpt", lambda name: small_gpt(**shape))
+    args = train_gpt.arguments()
+    train_gpt.load_base(args)
+    assert (args.steps, args.batch_size, args.block_size, *each("lr", args.rows)) == wanted
+
+
+
+MISTAKES = r"""
+--stesp 3                        unrecognized arguments: --stesp 3
+--step 3                         unrecognized arguments: --step 3
+--methods lora,sorra             argument --methods: unknown method 'sorra': choose from full,frozen,lora,dora,prediag
+--methods lora,                  argument --methods: unknown method '': choose
+--methods lora:r_p=2             argument --methods: 'r_p=2' is no setting of lora: choose from \['r', 'alpha', 'lr'\]
+--methods full:r=2               argument --methods: 'r=2' is no setting of full: choose from \['lr'\]
+--methods sora:exact=2           argument --methods: .*'sora:exact=2'
+--methods lora:r                 argument --methods: '' is no int above 0
+--r 0                            argument --r: '0' is no int above 0
+--steps many                     argument --steps: 'many' is no int above 0
+--seeds 1.5                      argument --seeds: '1.5' is no int above 0
+--lr nan                         argument --lr: 'nan' is no float above 0
+--lr inf                         argument --lr: 'inf' is no float above 0 and below 1e9
+--alpha -1                       argument --alpha: '-1' is no float above 0
+--dtype float16                  argument --dtype: invalid choice: 'float16'
+--device tpu                     --device tpu: .*one of cpu, cuda
+--data nowhere.txt               --data nowhere.txt: .*No such file or directory
+--data short.txt                 --data short.txt: too short: it has \d+ tokens, --block-size 8 needs 90
+--data binary.txt                --data binary.txt: 'utf-8' codec can't decode
+--init nowhere.pt                --init nowhere.pt: .*No such file or directory
+--init short.txt                 --init short.txt: short.txt is no checkpoint of GPT-2, nanoGPT or this GPT
+--init .                         --init .: .*Is a directory
+--init 1x3x16                    --init 1x3x16: n_embd=16 is not a multiple of n_head=3
+--init 1x0x16                    --init 1x0x16: .
+--init letters.pt                --init letters.pt: .
+--block-size 17                  --init base.pt: its context is 16 tokens: ask for a smaller --block-size
+--json .                         .*--json .: .*Is a directory
+--save short.txt/x               .*--save short.txt/x.*: .*Not a directory
+--methods lora --r 17            --methods lora: .*r=17 is outside 1\.\.16
+--methods lora --targets no      --methods lora: target 'no' matches no linear layer: choose among \['c_attn'
+"""  # flags, and the message they bring, as a regular expression
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.strip().splitlines(), ids=lambda line: line.split("  ")[0])
+def test_a_mistake_is_answered_in_one_line(mistake, script, capsys):
+    flags, message = re.split("  +", mistake)
+    Path("short.txt").write_text("Too short.")
+    Path("binary.txt").write_bytes(b"\xff")
+    save_gpt(small_gpt(vocab_size=65), "letters.pt")  # as nanoGPT's model of characters
+    with pytest.raises(SystemExit) as stop:
+        script(flags)
+    out, error = capsys.readouterr()
+    assert stop.value.code == 2
+    assert re.fullmatch(f"train_gpt.py: {message}.*\n", error), error
+    assert not out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_rows_have_the_losses_of_plain_ones(script, monkeypatch):
+    flags = "--methods full,frozen,lora,dora,prediag,sora,sora:exact=0 --steps 2 --init 1x2x16"
+    plain = script(flags)
+    compile, marks, graphs = torch.compile, [], torch._dynamo.utils.counters["stats"]
+
+    def eager(model, fullgraph, mode):
+        assert fullgraph
+        return compile(model, fullgraph=True, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", eager)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    graphs.clear()
+    rows = script(f"{flags} --compile")
+    assert [graphs["unique_graphs"], len(marks)] == [7, 2 * 7]
+    assert_close(torch.tensor(each("train", rows)), torch.tensor(each("train", plain)))
+
+
+
+# ---- Where it is run
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+STDOUTS = {"a notebook": SimpleNamespace(write=io.StringIO().write, flush=dict), "none": None,
+           "ASCII": io.TextIOWrapper(io.BytesIO(), "ascii"), "a terminal": Screen()}
+
+
+@pytest.mark.parametrize("case", STDOUTS)
+def test_it_prints_to_whatever_there_is(case, program, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", STDOUTS[case])
+    assert program("--methods lora --json rows") == 0
+    assert each("name", rows_of()) == ["lora"]
+    if case == "a terminal":
+        assert "\r\x1b[Kseed 0  step 3 of 4" in STDOUTS[case].getvalue()
+
+
+@FORKS
+def test_a_reader_that_has_enough_ends_it_in_silence(script, monkeypatch, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    ask(monkeypatch, "")
+    if not os.fork():
+        sys.stdout = os.fdopen(writer, "w")
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        finally:
+            os._exit(9)  # not reached, or Python would flush once more at its end, and complain
+    assert os.wait()[1] == 0
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_behind_the_output_is_told_in_a_sentence(program, monkeypatch, capsys):
+    with open("/dev/full", "wb", 0) as disk:
+        monkeypatch.setattr(sys, "stdout", codecs.getwriter("utf-8")(disk))
+        assert program("--methods lora") == 2
+    sentence = "train_gpt.py: the output cannot be written: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err == sentence
+
+
+def test_it_finds_its_data_through_a_symbolic_link(program, capsys):
+    os.mkdir("elsewhere")
+    os.symlink(SCRIPT, "elsewhere/tune.py")
+    assert program("--methods lora", "elsewhere/tune.py") == 0
+    assert "lora" in table_of(capsys.readouterr().out)
+
+
+def test_data_may_lie_on_another_drive(script, monkeypatch):
+    another = ValueError("path is on mount 'D:', start on mount 'C:'")  # as on Windows
+    monkeypatch.setattr(os.path, "relpath", partial(throw, another))
+    assert script(f"--methods lora --data {Path('text.txt').resolve()} --save out")
+
+
+def saving(number):
+    """What `save` asks of a run, with this number for its weights"""
+    model = small_gpt(n_embd=64)
+    nn.init.constant_(model.transformer.wte.weight, number)
+    args = SimpleNamespace(save=".")
+    return SimpleNamespace(name="full", seed=0, row={"method": "full"}, args=args, model=model)
+
+
+@FORKS
+def test_those_who_save_at_once_leave_one_whole_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [saving(number) for number in range(4)]
+    train_gpt.save(runs[0])
+    for run in runs:
+        if not os.fork():
+            for _ in range(20):
+                train_gpt.save(run)
+            os._exit(0)
+    for _ in range(40):
+        weight = load_gpt("full-0.pt").transformer.wte.weight
+        assert (weight == weight[0, 0]).all()
+    assert [os.wait()[1] for _ in runs] == [0] * 4
+    assert os.listdir() == ["full-0.pt"]
+
+
+def test_a_save_that_fails_halfway_leaves_the_old_file(script, monkeypatch, capsys):
+    script("--methods lora --save .")
+
+    def half(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(SystemExit):
+        script("--methods lora --save .")
+    assert capsys.readouterr().err == "train_gpt.py: --save .: [Errno 28] No space left on device\n"
+    assert torch.load("lora-0.pt")
+
+
+# ---- Files of other people
+
+
+def one_head():
+    """Without a config.json heads are 64 wide."""
+    return tiny_gpt(n_embd=64, n_head=1)
+
+
+def as_gpt2(model):
+    """The state as GPT-2's file has it"""
+    state = model.transformer.state_dict()
+    for name in state:
+        if name.endswith(("attn.c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            state[name] = state[name].T.contiguous()
+    return state
+
+
+def write_safetensors(path, state):
+    pytest.importorskip("safetensors.torch").save_file(state, path)
+
+
+@pytest.mark.parametrize("act, gelu", [("gelu_new", "tanh"), ("gelu", "none")])
+@pytest.mark.parametrize("prefix", ["", "transformer.", None])
+def test_equals_gpt2_of_transformers(act, gelu, prefix, tmp_path):
+    theirs, x = gpt2(activation_function=act), tokens(3, 8)
+    theirs.save_pretrained(tmp_path)
+    if prefix is not None:  # as older versions wrote it, with masks
+        state = theirs.transformer.state_dict()
+        state |= {"h.1.attn.bias": torch.ones(3, dtype=torch.bool), "h.1.attn.masked_bias": torch.zeros(1)}
+        write_safetensors(tmp_path / "model.safetensors", {prefix + name: p for name, p in state.items()})
+    model = load_gpt(tmp_path / "model.safetensors")
+    assert_close(model(x), theirs(x).logits, rtol=0, atol=1e-4)
+    assert model.config == GPTConfig(8, 11, 2, 2, 8, gelu)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_files_are_read_as_float32(dtype, tmp_path):
+    model = one_head().to(dtype)
+    write_safetensors(tmp_path / "a.safetensors", as_gpt2(model))
+    again = load_gpt(tmp_path / "a.safetensors")
+    assert again.lm_head.weight.dtype == torch.float32
+    assert same(again.state_dict(), model.float().state_dict())
+
+
+@pytest.mark.parametrize("bias, masks", [(True, True), (False, False), (False, True)])
+def test_nanogpt(bias, masks, tmp_path):
+    """Its ckpt.pt: names after _orig_mod., the exact GELU, perhaps no biases; written with an old torch, masks"""
+    model, state = filled(tiny_gpt(gelu="none"), 0.3), {}
+    for name, p in model.state_dict().items():
+        p *= bias or not name.endswith("bias")
+        if p.any():
+            state[f"_orig_mod.{name}"] = p
+    if masks:
+        state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    told = asdict(model.config) | {"bias": bias, "dropout": 0.0}
+    del told["gelu"]
+    torch.save({"model": state, "model_args": told, "config": {"dataset": "x"}}, tmp_path / "ckpt.pt")
+    assert_close(load_gpt(tmp_path / "ckpt.pt")(tokens(3, 8)), model(tokens(3, 8)))
+
+
+class Code:
+    """What, unpickled, makes a folder"""
+
+    def __reduce__(self):
+        return os.mkdir, ("it ran",)
+
+
+def bad_files():
+    """{name: content} of what is no checkpoint"""
+    write_safetensors("whole.safetensors", as_gpt2(one_head()))
+    assert load_gpt("whole.safetensors")
+    whole = Path("whole.safetensors").read_bytes()
+    files = {"cut.safetensors": whole[:-3], "head.safetensors": whole[:50], "long.safetensors": b"\xff" * 20}
+    files |= {"text.safetensors": b"hello", "none.safetensors": b"", "text.pt": b"hello"}
+    files |= {"code.pt": {"config": {}, "model": Code()}}
+    return files | {"adapter.pt": adapter_state_dict(adapt(tiny_gpt(), r=2)), "heads.safetensors": whole}
+
+
+def test_bad_files_are_refused_in_one_sentence_and_run_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, content in bad_files().items():
+        if isinstance(content, bytes):
+            Path(name).write_bytes(content)
+        else:
+            torch.save(content, name)
+        if name == "heads.safetensors":
+            Path("config.json").write_text('{"n_head": 3}')
+        with pytest.raises(ValueError, match=f"^{name} is no checkpoint of GPT-2, nanoGPT or this GPT: .*$"):
+            load_gpt(name)
+    assert not Path("it ran").exists()
+
+
+def test_tensors_that_are_amiss_are_named(tmp_path):
+    state = as_gpt2(one_head()) | {"h.0.attn.c_proj.bias": torch.zeros(3), "h.1.extra": torch.zeros(1)}
+    del state["h.1.mlp.c_fc.weight"]
+    write_safetensors(tmp_path / "a.safetensors", state)
+    message = r"(?s)Missing.*h.1.mlp.c_fc.weight.*Unexpected.*h.1.extra.*size mismatch.*h.0.attn.c_proj.bias"
+    with pytest.raises(RuntimeError, match=message):
+        load_gpt(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", train_gpt.GPT2)
+def test_gpt2_is_downloaded_once_over_https_in_one_revision(name, tmp_path, monkeypatch):
+    asked = []
+
+    def download(url, path, sha256):
+        asked.extend([url, sha256, path])
+        write_safetensors(path, as_gpt2(one_head()))
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(ValueError, match=f"{name}/model.safetensors has another sha256 than .*: delete it, or give"):
+        load_gpt(name)
+    revision, sha256 = train_gpt.GPT2[name]
+    content = asked.pop().read_bytes()
+    monkeypatch.setitem(train_gpt.GPT2, name, (revision, hashlib.sha256(content).hexdigest()))
+    assert same(load_gpt(name).state_dict(), one_head().state_dict())
+    url = f"https://huggingface.co/openai-community/{name}/resolve/{revision}/model.safetensors"
+    assert asked == [url, sha256]
+    assert re.fullmatch("[0-9a-f]{40}", revision)
+
+
+def test_a_dead_network_gives_one_sentence_that_says_where_to_put_the_file(script, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "_hub_dir", "hub")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", partial(throw, OSError("the line is dead")))
+    with pytest.raises(SystemExit):
+        script("--init gpt2")
+    place = "put https://huggingface.co/.*/model.safetensors at hub.checkpoints.gpt2.model.safetensors"
+    sentence = f"train_gpt.py: --init gpt2: gpt2 cannot be downloaded .the line is dead.: {place}\n"
+    assert re.fullmatch(sentence, capsys.readouterr().err)
+
+
+# ---- The data
+
+
+@pytest.mark.parametrize("size, merges", [(50304, 50256), (50257, 50256), (2048, 2048)])
+def test_the_vocabulary_is_gpt2s_as_far_as_the_model_has_it(size, merges):
+    content = (DATA / "gpt2.tiktoken").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == train_gpt.VOCABULARY
+    vocabulary = train_gpt.load_vocabulary(size)
+    text = "A text: don't ½ 你好\n\n  <|endoftext|>\t"
+    ids = vocabulary.encode(text, allowed_special="all")
+    assert vocabulary.decode(ids) == text
+    assert (50256 in ids) == (size > 50256)
+    assert vocabulary.n_vocab == min(size, 50257)
+    pieces = [base64.b64encode(vocabulary.decode_single_token_bytes(i)) for i in range(merges)]
+    assert pieces == content.split()[:2 * merges:2]
+
+
+def test_what_is_tuned_on_is_neither_trained_on_nor_judged_by(script, monkeypatch):
+    monkeypatch.setattr(train_gpt, "WINDOWS", 256)
+    args, _ = asked(monkeypatch, "--batch-size 1")
+    data, *held_out = train_gpt.load_data(args, 300)
+    ids = train_gpt.load_vocabulary(300).encode_ordinary(Path("text.txt").read_text())
+    assert data.tolist() == ids[:len(ids) * 8 // 10]
+    for windows, tenth in zip(held_out, (8, 9)):
+        part = ids[len(ids) * tenth // 10:len(ids) * (tenth + 1) // 10]
+        assert windows.tolist() == [part[i:i + 9] for i in range(0, len(part) - 8, 8)]  # each predicted once
+
+
+
+def test_the_data_is_what_its_readme_says():
+    lines = (DATA / "README.md").read_text(encoding="utf-8").splitlines()
+    listed = {line.split()[1]: line.split("`")[-2] for line in lines if line.endswith("` |")}
+    files = [path for path in DATA.glob("*.*") if path.suffix != ".md"]
+    assert listed == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@torch.no_grad()
+def test_the_shipped_base_has_learned_austen():
+    vocabulary = train_gpt.load_vocabulary(2048)
+    text = torch.tensor(vocabulary.encode_ordinary((DATA / "austen.txt").read_text(encoding="utf-8")))
+    windows = text[len(text) * 95 // 100:].unfold(0, 129, 128)[:234]  # (234, 129)
+    base = load_gpt(DATA / "base.pt")
+    losses = [base(batch[:, :-1], batch[:, 1:]).item() for batch in windows.split(39)]
+    assert statistics.fmean(losses) < 3.20
+
+
+def test_the_shipped_base_asks_no_network(script, monkeypatch):
+    monkeypatch.setattr(train_gpt, "load_vocabulary", VOCABULARY.__wrapped__)
+    for place, name in [(socket.socket, "connect"), (socket, "getaddrinfo")]:
+        monkeypatch.setattr(place, name, partial(throw, RuntimeError("the network is asked")))
+    with pytest.raises(RuntimeError, match="asked"):
+        urllib.request.urlopen("http://example.org")
+    assert script(f"--init {DATA / 'base.pt'} --methods lora --steps 1")
+
+
+# ---- data/results/run.py
+
+
+@pytest.fixture
+def record(script, monkeypatch):
+    """Its names, with an experiment of two rows and two seeds, of four steps"""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sora, "METHODS", dict(METHODS))
+    monkeypatch.setitem(train_gpt.STEPS, "small", 4)
+    monkeypatch.setattr(train_gpt, "load_gpt", lambda name: small_gpt())
+    names = runpy.run_path(str(DATA / "results/run.py"))
+    tiny = {"tiny": (["lora", "postdiag:lr=1e-3"], 2, False)}
+    names["run"].__globals__.update(names, HERE=Path(), EXPERIMENTS=tiny)
+    return names
+
+
+CONTROLS = {
+    "postdiag": lambda p, W0, BA: torch.diag(p["d"]) @ (W0 + BA),
+    "rotation": lambda p, W0, BA: turn(p["C"], p["E"]) @ (W0 + BA),
+    "prerotation": lambda p, W0, BA: turn(p["C"], p["E"]) @ W0 + BA,
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls_equal_the_dense_formula(name, record, monkeypatch):
+    def formula(method, W0, p, s, exact):
+        return CONTROLS[method](p, W0, s * p["B"] @ p["A"])
+
+    monkeypatch.setitem(globals(), "dense", formula)
+    layer = trained(record["CONTROLS"][name](linear(), r=3))
+    assert_by_the_book(layer, layer.W0)
+
+
+def test_an_experiment_resumes_where_it_was_stopped(record, monkeypatch):
+    with monkeypatch.context() as once:
+        at(once, partial(throw, KeyboardInterrupt()), "lora", 3, seed=1)
+        record["run"]("tiny")
+    before = rows_of("tiny.jsonl")
+    record["run"]("tiny")
+    assert rows_of("tiny.jsonl")[:2] == before[:2]
+    whole = [(row["seed"], row["name"]) for row in rows_of("tiny.jsonl") if len(row["train"]) == 4]
+    assert whole == [(0, "lora"), (0, "postdiag:lr=1e-3"), (1, "lora"), (1, "postdiag:lr=1e-3")]
+
+
+def test_an_experiment_prints_its_table_where_a_row_diverges(record, monkeypatch, capsys):
+    at(monkeypatch, lambda run: math.nan, "lora", 3)
+    record["run"]("tiny")
+    assert table_of(capsys.readouterr().out)["lora"][-1] == "diverged at step 3: lower its lr=0.01"
+
+
+# ---- README
+
+
+def readme(title):
+    """The piece of Python that begins with this comment"""
+    pieces = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    piece, = [piece for piece in pieces if piece.startswith(f"# {title}\n")]
+    return piece
+
+
+def test_the_code_in_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = nn.ModuleDict({"q_proj": nn.Linear(32, 32), "k_proj": nn.Linear(32, 32), "v_proj": nn.Linear(32, 16)})
+    fresh = copy.deepcopy(model)
+    exec(readme("use"), {"model": model, "another_copy_of_the_base": fresh})
+    assert type(model["q_proj"]) is type(fresh["k_proj"]) is nn.Linear
+    assert type(fresh["v_proj"]) is SORALinear
+
+
+def test_readme_adds_a_method(monkeypatch):
+    monkeypatch.setattr(sora, "METHODS", dict(METHODS))
+    exec(readme("a method"), {})
+    layer = trained(adapt(nn.Sequential(linear()), "postdiag", r=2)[0])
+    assert_close(layer.merged_weight(), layer.d[:, None] * (layer.W0 + layer.s * layer.B @ layer.A))
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_every_command_in_readme_is_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    python train_gpt\.py([^#\n]*)", text, re.MULTILINE)
+    assert len(commands) >= 5
+    for flags in commands:
+        given = subprocess.run(["bash", "-c", f"printf '%s\\n' {flags}"], capture_output=True, text=True, check=True)
+        monkeypatch.setattr(sys, "argv", ["train_gpt.py", *given.stdout.split()])
+        assert train_gpt.arguments().rows

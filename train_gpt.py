@@ -339,8 +339,9 @@ def load_base(args):
         if row["method"] in sora.METHODS:
             row.setdefault("r", args.r)
             row.setdefault("alpha", args.alpha)
-        with blame(f"--methods {row['name']}"):  # a dry run, before anything is printed
-            prepare(base, row, args)
+        if row["method"] != "full":
+            with blame(f"--methods {row['name']}"):  # a dry run, before anything is printed
+                prepare(base, row, args)
     return base.to(args.device)
 
 

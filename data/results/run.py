@@ -75,6 +75,7 @@ def run(experiment):
             print(f"{experiment}, seed {seed}")
             train_gpt.train(base, seed, data, windows, args, [])
     train_gpt.print_table(rows_of(path), start)
+    return args.stopped
 
 
 def rows_of(path):
@@ -86,4 +87,5 @@ def rows_of(path):
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or EXPERIMENTS:
-        run(name)
+        if run(name):
+            break
