@@ -17,7 +17,7 @@ import train_gpt
 
 
 class PostDiagLinear(sora.PreDiagLinear):
-    """W' = diag(d) (W0 + sBA): a diagonal after the update, as in DoRA, but learned without a norm"""
+    """W' = diag(d) (W0 + sBA): a diagonal after the update, DoRA without its norm"""
 
     method = "postdiag"
     before = sora.LoRALinear.before
