@@ -8,7 +8,8 @@
     python train_gpt.py --init 6x4x128 --methods full --data data/austen.txt --save out     pre-train a base
 
 All methods train in lockstep: of each step there is one batch, and each method takes its step on it in turn. So they
-see the same text, and a machine that is busy for a while slows all of them alike.
+see the same text, and a machine that is busy for a while slows all of them alike. Ctrl-C ends the training: each row is
+judged where it stands, and the table printed; a second Ctrl-C ends at once.
 """
 import argparse
 import copy
@@ -71,6 +72,7 @@ def train(base, seed, data, windows, args, rows):
             report(step, seed, runs, args)
     except KeyboardInterrupt:
         args.stopped = True
+        say("\nstopped: each row is judged where it stands; Ctrl-C again ends at once")
     for run in runs:
         rows.append(run.finish(base, windows))
         write_row(rows[-1], args)
@@ -417,7 +419,8 @@ COLUMNS = {  # title: the number of a row, its format
 }
 LEGEND = f"""
 val loss   in nats per token, over the same windows for all; ± is the standard error over the seeds
-less lora  val loss less that of the row lora, seed by seed; ≈ where it is below two standard errors
+less lora  val loss less that of the row lora, seed by seed; ≈ where it is below two standard errors. Of
+           one seed no error is known, and a difference may be luck: --seeds 5 tells
 ms/step    the median of the training steps, the rows taking turns; ×: over that of the row named there
 ‖dW‖       ‖dW‖ / ‖W0‖ of the update dW = W' - W0; from here on means over the layers that changed
 H(σ²)      entropy of p = σ²/Σσ² over ln min(out, in), σ the singular values of dW; 1 is uniform. It
@@ -442,7 +445,7 @@ def announce(args, base, data, windows, start):
     if args.device.type == "cuda":
         device = torch.cuda.get_device_name(args.device)
     rates = ", ".join(f"{row['name']} {row['lr']:g}" for row in args.rows)
-    say(f"device    {args.device}, {device}, torch {torch.__version__}, {args.dtype}, compiled: {args.compile}")
+    say(f"device    {args.device}, {device}, torch {torch.__version__}, {args.dtype}")
     say(f"base      {args.init}: {base.config}")
     say(f"data      {args.data}: {len(data):,} training tokens, {len(windows)} validation windows of {args.block_size}")
     batch = f"{args.batch_size} x {args.block_size} tokens"
@@ -612,7 +615,7 @@ def of_gpt2(file, beside):
 def of_nanogpt(file):
     """(config, state) of nanoGPT's layout, which is ours, with the exact GELU; perhaps with a prefix or masks, perhaps
     without biases; or of what --save wrote."""
-    told = {"gelu": "none"} | file.get("model_args", file.get("config"))
+    told = {"gelu": "none"} | (file.get("model_args") or file["config"])
     state = {}
     for name, p in file["model"].items():
         name = name.removeprefix("_orig_mod.")
