@@ -383,7 +383,7 @@ def load_adapter(model: nn.Module, state: dict) -> nn.Module:
             raise ValueError(f"the adapter is for a layer that the model has not: {name}")
         off = (sample(W0) - expected).norm()
         if not off <= 0.005 * expected.norm():
-            raise ValueError(f"{name}: W0 is {off / expected.norm():.1%} off that of the training: load the same base")
+            raise ValueError(f"{name}: W0 differs by {off / expected.norm():.1%} from the training's: load that base")
 
     adapted = adapted_layers(model)
     layers = adapted or new_layers({name: model.get_submodule(name) for name in state["W0"]}, **state["options"])
@@ -473,8 +473,8 @@ def sample(W0):
 
 
 def conv1d():
-    """transformers' Conv1D, a linear layer that stores its weight (in, out); or (), which isinstance takes for no class,
-    where nobody has imported it"""
+    """transformers' Conv1D, a linear layer that stores its weight (in, out); where nobody has imported it, (), which
+    isinstance takes for no class"""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
 
 

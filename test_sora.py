@@ -647,8 +647,8 @@ def scaled_gpt(factor):
 
 
 MODELS = {
-    r"W0 is 0\.6% off": partial(scaled_gpt, 1.006),
-    r"h.0.attn.c_attn: W0 is \d+\.\d% off": partial(tiny_gpt, 1), "the model has not: .*h.0.attn.c_attn": linear,
+    r"W0 differs by 0\.6%": partial(scaled_gpt, 1.006),
+    r"h.0.attn.c_attn: W0 differs by \d+\.\d%": partial(tiny_gpt, 1), "the model has not: .*h.0.attn.c_attn": linear,
     "adapter has .*'r': 2.* the model .*'r': 3": lambda: adapt(tiny_gpt(), r=3),
     "missing, unknown": lambda: adapt(tiny_gpt(), r=2, targets="c_fc"),
 }
