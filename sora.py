@@ -26,8 +26,8 @@ entropy of its singular values (`svd_entropy`). Full fine-tuning changes a weigh
 directions only. A diagonal changes every direction, as (diag(d) − I) W0 is not of low rank; this, the paper holds, is
 why DoRA beats LoRA. Why before? DoRA's diagonal, after the sum, rescales BA too and depends on it through the norm; d
 calibrates W0 alone, at less cost. Why rotate? A diagonal can only stretch each output feature; a rotation mixes them,
-and keeps the length of the output. (The yardstick hardly sees this: R leaves the singular values of the matrix M that
-it multiplies alone, and what it adds to the update, (R − I) M, has rank 2 r_p at most.)
+and keeps the length of the output. (The yardstick hardly sees this: R does not change the singular values of the matrix
+M that it multiplies, and what it adds to the update, (R − I) M, has rank 2 r_p at most.)
 
 One observation makes the code short. Since (R M) x = R (M x), a conditioning acts on whatever has output features: on
 what comes out of the layer, W0 x, for each x, and on W0 itself, which is W0 x with the columns of the identity for x.
@@ -184,7 +184,7 @@ class DoRALinear(LoRALinear):
     m   (out,)     ‖W0‖row, so that g = 1 at the start     trained
     Parameters: r (in + out) + out. Row i of W' has norm |m_i|. ‖·‖row is one Euclidean norm per output row, and a
     constant to the gradient (DoRA paper, section 4.3). W0 + sBA is formed for it, for a moment in each pass:
-    ‖W0‖² + 2⟨W0, sBA⟩ + ‖sBA‖² would spare that, but loses twice the digits.
+    ‖W0‖² + 2⟨W0, sBA⟩ + ‖sBA‖² would spare that, but loses twice the digits where sBA cancels W0.
     """
 
     method = "dora"
@@ -235,7 +235,7 @@ class SORALinear(PreDiagLinear):
 
     Where we differ from the authors' layer, on purpose:
     - theirs is R = I + S, S skew (`rotation`): RᵀR = I − S², so norms can only grow; exact=False gives it;
-    - theirs scales and rotates the bias too, and merges to S (diag(d) W0 + sBA), without I: a fresh adapter to zero.
+    - theirs scales and rotates the bias too, and merges without I, so that a fresh adapter merges to zero.
     """
 
     method = "sora"
@@ -273,10 +273,10 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
     I + S/2 is the transpose of I − S/2 and commutes with it. As I + S/2 = (I − S/2) + S, it is R = I + (I − S/2)⁻¹ S.
 
     To invert a matrix of 2 r_p rows only, let V = [C, E − C] and Q = t (0 −I; I 0), with blocks r_p wide. Multiplied
-    out, V Q Vᵀ = S. So (I − S/2) V = V − V Q VᵀV/2 = V Q (Q⁻¹ − VᵀV/2), hence (I − S/2)⁻¹ V Q = V (Q⁻¹ − VᵀV/2)⁻¹, and
+    out, V Q Vᵀ = S. With X = Q⁻¹ − VᵀV/2 then (I − S/2) V = V − V Q VᵀV/2 = V Q X, so V X⁻¹ = (I − S/2)⁻¹ V Q, and
     times Vᵀ
 
-        R = I + V (Q⁻¹ − VᵀV/2)⁻¹ Vᵀ = I + K Vᵀ
+        R = I + V X⁻¹ Vᵀ = I + K Vᵀ
 
     t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)), of Frobenius norms, is the authors': with it S grows as C and E do once they are
     large, without it as their square. Their R stops at I + S (exact=False, K = V Q), the transform's first order.
@@ -292,7 +292,7 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
         X = one_over_t * torch.cat([lower, -upper])  # Q⁻¹ = (0 I; −I 0) / t, (2 r_p, 2 r_p)
         if exact:
             X = torch.addmm(X, V.T, V, alpha=-0.5)  # Q⁻¹ − VᵀV/2
-        inverse, _ = torch.linalg.inv_ex(X)  # X is regular, as Q and I − S/2 are; inv would wait for the GPU
+        inverse, _ = torch.linalg.inv_ex(X)  # det X = det(I − S/2) / det Q ≠ 0; inv would wait for the GPU
         return V @ inverse, V
 
 
@@ -339,8 +339,8 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
 
 def merge(model: nn.Module) -> nn.Module:
     """Turn every adapted layer, if any, into the plain, frozen one it was, with weight W' and the same bias, in place.
-    Nothing is merged unasked, in train() or eval(). W' is rounded to W0's dtype: bfloat16 loses half of an update of
-    0.3 % of ‖W0‖, 17 % at 1 %, 3 % at 5 %; float16 an eighth of that. Warns where over half is lost."""
+    Nothing is merged unasked, in train() or eval(). W' is rounded to W0's dtype: that to bfloat16 loses 50 / 17 /
+    3 % of an update of 0.3 / 1 / 5 % of ‖W0‖, float16 an eighth of that. Warns where over half is lost."""
     for name, layer in adapted_layers(model).items():
         delta, weight = layer.delta(), layer.merged_weight()
         lost = delta - (wide(weight) - layer.oriented(layer.W0))
@@ -502,8 +502,8 @@ def hooks_of(module):
 
 
 def without_tensors(linear):
-    """[a copy of the layer without its parameters], from which merging makes the plain layer: deepcopy takes the memo's
-    None for a copy made already. In a list, or it would be a submodule of the adapted layer."""
+    """[a copy of the layer without its parameters], from which merging makes the plain layer: each parameter's entry in
+    the memo is None, so deepcopy puts None there. In a list, or it would be a submodule of the adapted layer."""
     return [copy.deepcopy(linear, {id(p): None for p in linear.parameters()})]
 
 
