@@ -174,7 +174,7 @@ def prepare(base, row, args):
 
 def compiled(model):
     """On CUDA in graphs (reduce-overhead), which spare the processor the issuing of operations."""
-    torch._dynamo.config.recompile_limit = 64  # all rows compile the same lines
+    torch._dynamo.config.cache_size_limit = 64  # all rows compile the same lines; torch 2.6 has no recompile_limit
     return torch.compile(model, fullgraph=True, mode="reduce-overhead")
 
 

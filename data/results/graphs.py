@@ -35,7 +35,7 @@ def train(base, row, way, data, args):
     args.compile = way == "whole"
     run = train_gpt.Run(base, row, 0, args)
     if way == "blocks":
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.cache_size_limit = 64
         for block in run.model.transformer.h:
             block.compile(fullgraph=True, mode="reduce-overhead" if args.device.type == "cuda" else "default")
     begun = time.perf_counter()
