@@ -55,17 +55,20 @@ Use
     load_adapter(fresh_model, torch.load("sora.pt"))       # on the same base, in another process
     merge(model)                                           # plain layers again, no cost at inference
 
-Not in it: dropout on the adapter path, convolutions and embeddings, quantised bases, several adapters at once.
+Not in it: convolutions and embeddings, experts, quantised bases, several adapters at once.
 
 References: LoRA, Hu et al. 2021, arXiv 2106.09685; DoRA, Liu et al. 2024, arXiv 2402.09353; Pre-Diag and SORA, Chang et
 al. 2025, arXiv 2511.00051, code in MaeChd/SORA, peft/tuners/sora/layer.py; entropy, Roy & Vetterli 2007 (p = σ/Σσ) and
 Alter et al. 2000 (p = σ²/Σσ²); GPT-2, Radford et al. 2019, with the layout and names of Karpathy's nanoGPT.
 """
 import copy
+import json
 import math
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -79,10 +82,12 @@ class LoRALinear(nn.Module):
 
     A   (r, in)    kaiming_uniform(a=√5), as nn.Linear starts    trained
     B   (out, r)   0, so that W' = W0 at the start               trained
-    Parameters: r (in + out). The other methods override `before`, `after` or both.
+    Parameters: r (in + out). The other methods override `start`, and `before` or `after` or both.
 
     linear     the layer to adapt: it becomes frozen, its memory is shared, not copied
     r, alpha   rank of BA, 1 ≤ r ≤ min(in, out), and its scale s = alpha / r
+    dropout    in training A sees each input as 0 with this probability, where the layer is called, not its weight read
+    options    the method's own, see its `start`
 
     x (..., in) -> y (..., out), in the dtype that nn.Linear gives. The adapter is float32 on a 16-bit base, as training
     would stall with bfloat16's 8 bits. The bias is never conditioned. Raises ValueError for a layer, r or alpha that
@@ -91,22 +96,27 @@ class LoRALinear(nn.Module):
 
     method = "lora"
 
-    def __init__(self, linear: nn.Linear, r: int = 16, alpha: float = 32):
+    def __init__(self, linear: nn.Linear, r: int = 16, alpha: float = 32, dropout: float = 0.0, **options):
         super().__init__()
         reason = why_not(linear, r, alpha)
         if reason:
             raise ValueError(f"{linear} cannot be adapted: {reason}")
         self.fan_in_fan_out = isinstance(linear, conv1d())
         self.template = without_tensors(linear)
+        self.dropout = nn.Dropout(dropout)
         self.train(linear.training)
 
-        r, alpha = int(r), float(alpha)  # numpy's numbers too, which torch.load would not read
-        self.options = {"method": self.method, "r": r, "alpha": alpha}
-        self.s = alpha / r
-        self.W0, self.bias = linear.requires_grad_(False).weight, linear.bias
+        self.options = {"method": self.method, "r": int(r), "alpha": float(alpha), "dropout": float(dropout)}
+        self.s, self.enabled = alpha / r, True
+        self.W0, self.bias = linear.weight, linear.bias
         self.out_features, self.in_features = self.oriented(self.W0).shape
         self.A = nn.init.kaiming_uniform_(self.zeros(r, self.in_features), a=math.sqrt(5))
         self.B = self.zeros(self.out_features, r)
+        self.start(**options)
+        linear.requires_grad_(False)
+
+    def start(self):
+        """What the method trains beside A and B, so that W' = W0"""
 
     def zeros(self, *shape):
         return nn.Parameter(wide(self.W0.new_zeros(shape)))
@@ -119,6 +129,8 @@ class LoRALinear(nn.Module):
 
     def conditioned(self, y, h):
         """after(before(y) + s B h), that is W'x (n, out), of y = W0 x (n, out) and h = A x (n, r)"""
+        if not self.enabled:
+            return y
         with no_autocast(y):
             y = torch.addmm(self.before(y), h, self.B.T.to(y.dtype), alpha=self.s)
             return self.after(y)
@@ -142,7 +154,7 @@ class LoRALinear(nn.Module):
         """W'x + b, and x never meets W'"""
         rows = x.reshape(-1, self.in_features)  # (n, in)
         y = F.linear(rows, self.oriented(self.W0))  # (n, out)
-        h = F.linear(rows, self.A.to(x.dtype))  # (n, r)
+        h = F.linear(self.dropout(rows), self.A.to(x.dtype))  # (n, r)
         y = self.conditioned(y, h)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
@@ -152,10 +164,11 @@ class LoRALinear(nn.Module):
         # Both ways give the same, up to rounding. By weight costs the making of W', whatever n is, and a product more
         # in the backward pass; by outputs costs some passes over (n, out). So W' pays where many tokens meet a narrow
         # layer: on two CPU cores it takes 0.60 to 0.84 of the time for n = 2048 and in = out = 128, but 1.15 to 1.40
-        # for in = out = 1024.
+        # for in = out = 1024. With dropout there is no W': what W0 meets is whole.
         many = input.numel() // self.in_features >= 512
         narrow = self.in_features <= (512 if input.is_cpu else 2048)
-        if many and narrow:
+        drops = self.training and self.dropout.p
+        if many and narrow and not drops:
             return self.by_weight(input)
         return self.by_outputs(input)
 
@@ -189,8 +202,7 @@ class DoRALinear(LoRALinear):
 
     method = "dora"
 
-    def __init__(self, linear: nn.Linear, r: int = 16, alpha: float = 32):
-        super().__init__(linear, r, alpha)
+    def start(self):
         self.m = nn.Parameter(self.row_norms())
 
     @torch.no_grad()
@@ -214,8 +226,7 @@ class PreDiagLinear(LoRALinear):
 
     method = "prediag"
 
-    def __init__(self, linear: nn.Linear, r: int = 16, alpha: float = 32):
-        super().__init__(linear, r, alpha)
+    def start(self):
         self.d = nn.init.ones_(self.zeros(self.out_features))
 
     def before(self, y):
@@ -240,10 +251,10 @@ class SORALinear(PreDiagLinear):
 
     method = "sora"
 
-    def __init__(self, linear: nn.Linear, r: int = 16, alpha: float = 32, r_p: int = 4, exact: bool = True):
+    def start(self, r_p: int = 4, exact: bool = True):
         if r_p < 1:
             raise ValueError(f"r_p={r_p} is below 1: choose a larger one")
-        super().__init__(linear, r, alpha)
+        super().start()
         self.options |= {"r_p": int(r_p), "exact": bool(exact)}
         self.C = nn.init.kaiming_uniform_(self.zeros(self.out_features, r_p), a=math.sqrt(5), mode="fan_out")
         self.E = nn.Parameter(self.C.detach().clone())
@@ -309,39 +320,51 @@ def no_autocast(x):
 # ======== The plumbing: attach, merge, save, load
 
 
-def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32, targets=None,
+def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32, targets=None, train=(),
           **options) -> nn.Module:
     """Freeze `model` and replace its target linear layers, in place; returns the model.
 
     method    one of METHODS: "lora", "dora", "prediag", "sora"; for r, alpha and options see its class
-    targets   None: every linear layer (nn.Linear, transformers' Conv1D) but those that share their weight with an
-              embedding (a tied head); what cannot be adapted stays as it is, and one warning names it.
+    targets   None: every linear layer (nn.Linear, transformers' Conv1D) but the output head: what shares its weight
+              with an embedding, or is the model's get_output_embeddings(). What cannot be adapted stays as it is, and
+              one warning names it, experts (3-D parameters) too.
               Else names or endings of names, matched on whole dotted parts: ["c_attn", "mlp.c_proj"]
+    train     names, matched alike, of modules to train as they are, without an adapter: ["classifier"], a new head
     A layer of several names stays shared. Load the base's weights first, for DoRA needs them, and cast it first: .to()
-    casts an adapter like everything else. Raises ValueError, before anything is changed, for an unknown method, targets
-    that match nothing or cannot be adapted, or a model that is adapted already.
+    casts an adapter like everything else. Raises ValueError, before anything is changed, for an unknown method, names
+    that match nothing, targets that cannot be adapted, or a model that is adapted already.
     """
     if adapted_layers(model):
         raise ValueError("the model is adapted already: merge it first")
-    linears = linear_layers(model, targets)
-    unfit = {name: reason for name, linear in linears.items() if (reason := why_not(linear, r, alpha))}
-    if unfit and (targets is not None or len(unfit) == len(linears)):
-        raise ValueError(f"these layers cannot be adapted: {unfit}")
-    if unfit:
-        warnings.warn(f"these layers cannot be adapted and stay as they are: {unfit}", stacklevel=2)
-    for name in unfit:
-        del linears[name]
-    if not linears:
-        raise ValueError("there is no linear layer inside the model, or targets is empty")
-    layers = new_layers(linears, method=method, r=r, alpha=alpha, **options)
-    return replace(model.requires_grad_(False), layers)
+    chosen, beside = linear_layers(model), matched(dict(model.named_modules()), train)
+    kept = {p for module in beside.values() for p in module.parameters()}
+    if targets is None:
+        kept |= output_head(model)
+    else:
+        chosen = matched(chosen, targets)
+    chosen = {name: m for name, m in chosen.items() if kept.isdisjoint(m.parameters())}
+
+    left = {name: reason for name, m in chosen.items() if (reason := why_not(m, r, alpha))}
+    if len(left) == len(chosen) or left and targets is not None:
+        raise ValueError(f"these layers cannot be adapted: {left or 'the model, or targets, has none'}")
+    if left:
+        warnings.warn(f"these layers cannot be adapted and stay as they are: {left}", stacklevel=2)
+
+    layers = {name: new_layer(m, method, r=r, alpha=alpha, **options) for name, m in chosen.items() if name not in left}
+    replace(model.requires_grad_(False), layers)
+    for module in beside.values():
+        module.requires_grad_(True)
+    return model
 
 
 def merge(model: nn.Module) -> nn.Module:
     """Turn every adapted layer, if any, into the plain, frozen one it was, with weight W' and the same bias, in place.
     Nothing is merged unasked, in train() or eval(). W' is rounded to W0's dtype: that to bfloat16 loses 50 / 17 /
-    3 % of an update of 0.3 / 1 / 5 % of ‖W0‖, float16 an eighth of that. Warns where over half is lost."""
-    for name, layer in adapted_layers(model).items():
+    3 % of an update of 0.3 / 1 / 5 % of ‖W0‖, float16 an eighth of that. Warns where over half is lost, and where
+    training never reached a layer."""
+    layers = adapted_layers(model)
+    warn_of_untrained(layers)
+    for name, layer in layers.items():
         delta, weight = layer.delta(), layer.merged_weight()
         lost = delta - (wide(weight) - layer.oriented(layer.W0))
         if lost.norm() > delta.norm() / 2:
@@ -360,79 +383,155 @@ def unmerge(model: nn.Module) -> nn.Module:
     return replace(model, layers)
 
 
+@contextmanager
+def disabled(model: nn.Module):
+    """`with disabled(model):` the adapted layers compute W0 x + b, at no memory: the base, as DPO and KL need it for
+    reference. What is trained beside the adapter stays as it is."""
+    layers = [layer for layer in adapted_layers(model).values() if layer.enabled]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
 def adapter_state_dict(model: nn.Module) -> dict:
-    """The adapter's parameters (copies, on the CPU) and what load_adapter needs: their options, and sixteen entries of
-    each W0, by which the base is known again. What else was trained, a new head say, is not in it. Raises ValueError
-    for no adapter or several kinds."""
-    return state_of(adapted_layers(model))
+    """All that is trained (copies, on the CPU): the adapter's parameters, and whatever else requires a gradient. Beside
+    them what load_adapter needs: the options of each layer, and sixteen entries of its W0, by which the base is known
+    again. Buffers are not in it, such as the statistics of a BatchNorm, which move in train() even if it is frozen.
+    Raises ValueError for no adapter; warns where training never reached a layer, or nothing of the adapter is trained.
+    """
+    model = unwrapped(model)
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("the model has no adapter: adapt it first")
+    warn_of_untrained(layers)
+    adapter = adapter_parameters(layers)
+    if not any(p.requires_grad for p in adapter.values()):
+        warnings.warn("no parameter of the adapter requires a gradient: is this what you trained?", stacklevel=2)
+    trained = adapter | {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        "layers": {name: (layer.options, sample(layer.W0)) for name, layer in layers.items()},
+        "trained": {name: p.detach().to("cpu", copy=True) for name, p in trained.items()},
+    }
 
 
-def load_adapter(model: nn.Module, state: dict) -> nn.Module:
+def load_adapter(model: nn.Module, state: dict, check: bool = True) -> nn.Module:
     """Put an adapter_state_dict on `model`, in place: on a plain base, which it adapts, or on a model adapted alike.
 
-    Raises ValueError, before any number is changed, where `state` is not whole and finite, a layer is missing, the
-    model is adapted in another way, or a W0 is not that of the training: its sixteen entries are off by more than
-    0.5 %, in norm. (Those of a base that was cast to 16 bits are off by 0.4 % at most.)
+    Raises ValueError, before any number is changed, where `state` is not whole, a layer is missing, the model is
+    adapted in another way, or a W0 is not that of the training: one of its sixteen entries is off by more than 0.5 %.
+    (Casting a base to 16 bits moves them by 0.4 % at most.) check=False leaves this comparison out.
     """
-    if not isinstance(state, dict) or state.keys() != {"options", "W0", "trained"}:
+    if {*state} != {"layers", "trained"}:
         raise ValueError("this is no adapter_state_dict: save that of an adapted model")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, expected in state["W0"].items():
+    inner = unwrapped(model)
+    parameters = dict(inner.named_parameters(remove_duplicate=False))
+    for name, (options, expected) in state["layers"].items():
         W0 = parameters.get(f"{name}.W0", parameters.get(f"{name}.weight"))
         if W0 is None:
             raise ValueError(f"the adapter is for a layer that the model has not: {name}")
-        off = (sample(W0) - expected).norm()
-        if not off <= 0.005 * expected.norm():
-            raise ValueError(f"{name}: W0 differs by {off / expected.norm():.1%} from the training's: load that base")
+        mine = getattr(inner.get_submodule(name), "options", options)
+        if mine != options:
+            raise ValueError(f"{name}: the adapter has {options}, the model {mine}: they must be alike")
+        if check and not torch.allclose(sample(W0), expected, rtol=0.005, atol=1e-7):
+            raise ValueError(f"{name}: W0 is not that of the training: load that base; a layer that is drawn anew in each "
+                             "process is better trained beside (adapt's train); check=False loads all the same")
 
-    adapted = adapted_layers(model)
-    layers = adapted or new_layers({name: model.get_submodule(name) for name in state["W0"]}, **state["options"])
-    mine = state_of(layers)
-    if mine["options"] != state["options"]:
-        raise ValueError(f"the adapter has {state['options']}, the model {mine['options']}: they must be alike")
-    given = state["trained"]
-    odd = shapes(given) ^ shapes(mine["trained"])
+    adapted = adapted_layers(inner)
+    layers = adapted or {name: new_layer(inner.get_submodule(name), **options)
+                         for name, (options, _) in state["layers"].items()}
+    given, adapter = state["trained"], adapter_parameters(layers)
+    wanted = parameters | adapter
+    odd = adapter.keys() - given or shapes(given) - shapes(wanted)
     if odd:
         raise ValueError(f"these tensors are missing, unknown or of another shape: {sorted(odd)}")
-    for name, p in given.items():
-        if not p.isfinite().all():
-            raise ValueError(f"{name} is not finite: the training has diverged")
-
-    for name, p in adapter_parameters(layers).items():
-        p.data.copy_(given[name])
     if not adapted:
-        replace(model.requires_grad_(False), layers)
+        replace(inner.requires_grad_(False), layers)
+    for name, p in given.items():
+        wanted[name].data.copy_(p)
+    for name in given.keys() - adapter:
+        parameters[name].requires_grad_(True)
     return model
 
 
+def save_as_peft(model: nn.Module, folder: str):
+    """Write the adapter into `folder` as peft's PeftModel.from_pretrained(base, folder), vLLM and others read it. LoRA
+    and DoRA only: raises ValueError for what peft does not know, and for what is trained beside the adapter."""
+    state = adapter_state_dict(model)
+    options, *others = map(dict, {(*options.items(),) for options, _ in state["layers"].values()})
+    if others:
+        raise ValueError(f"peft wants one rank, alpha, dropout and method, not {options} and {others}: merge(model)")
+    names = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
+    tensors = {}
+    for name, p in state["trained"].items():
+        layer, _, key = name.rpartition(".")
+        if key not in names:
+            raise ValueError(f"peft's LoRA and DoRA have no {name}: merge(model) and save the whole model")
+        tensors[f"base_model.model.{layer}.{names[key]}"] = p
+    config = {
+        "peft_type": "LORA",
+        "use_dora": options["method"] == "dora",
+        "r": options["r"],
+        "lora_alpha": options["alpha"],
+        "lora_dropout": options["dropout"],
+        "target_modules": [*state["layers"]],
+        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapted_layers(model).values()),
+    }
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    torch.save(tensors, Path(folder, "adapter_model.bin"))
+    Path(folder, "adapter_config.json").write_text(json.dumps(config))
+
+
 # What these share
+
+
+def unwrapped(model):
+    """The model inside torch.compile, DataParallel, DistributedDataParallel or AveragedModel"""
+    while type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel", "AveragedModel"):
+        [model] = model.children()
+    return model
 
 
 def adapted_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def linear_layers(model, targets):
-    """{name: layer} of the linear layers that `targets` mean, each once; for `targets` see adapt"""
-    linears = {name: m for name, m in model.named_modules() if name and isinstance(m, (nn.Linear, conv1d()))}
-    if targets is None:
-        tied = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-        return {name: linear for name, linear in linears.items() if linear.weight not in tied}
+def linear_layers(model):
+    """{name: module} of the linear layers inside, and of what holds experts: 3-D parameters"""
     found = {}
-    for target in [targets] if isinstance(targets, str) else targets:
-        names = [name for name in linears if f".{name}".endswith(f".{target}")]
-        if not names:
-            exist = sorted({name.rpartition(".")[2] for name in linears})
-            raise ValueError(f"target {target!r} matches no linear layer: choose among {exist}")
-        found |= {name: linears[name] for name in names}
+    for name, m in model.named_modules():
+        linear = isinstance(m, (nn.Linear, conv1d()))
+        experts = any(p.ndim == 3 and len(p) > 1 for p in m.parameters(recurse=False))
+        if name and (linear or experts and not type(m).__module__.startswith("torch.")):
+            found[name] = m
     return found
 
 
-def new_layers(linears, method, **options):
-    """{name: adapted layer} of {name: linear layer}; the model does not hold them yet"""
+def output_head(model):
+    """The parameters of the head that transformers' models name, and of embeddings, which a tied head shares"""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {p for m in model.modules() if m is head or isinstance(m, nn.Embedding) for p in m.parameters()}
+
+
+def matched(modules, endings):
+    """{name: module} of those whose name ends, in whole dotted parts, in one of `endings`"""
+    found = {}
+    for ending in [endings] if isinstance(endings, str) else endings:
+        hits = {name: m for name, m in modules.items() if f".{name}".endswith(f".{ending}")}
+        if not hits:
+            exist = sorted({name.rpartition(".")[2] for name in modules})
+            raise ValueError(f"{ending!r} matches none of the layers inside: {exist}")
+        found |= hits
+    return found
+
+
+def new_layer(linear, method, **options):
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
-    return {name: METHODS[method](linear, **options) for name, linear in linears.items()}
+    return METHODS[method](linear, **options)
 
 
 def replace(model, layers):
@@ -444,13 +543,10 @@ def replace(model, layers):
     return model
 
 
-def state_of(layers):
-    options = [layer.options for layer in layers.values()]
-    if not options or any(other != options[0] for other in options):
-        raise ValueError("the model has no adapter, or several kinds, which a state cannot tell apart: adapt it once")
-    samples = {name: sample(layer.W0) for name, layer in layers.items()}
-    trained = {name: p.detach().to("cpu", copy=True) for name, p in adapter_parameters(layers).items()}
-    return {"options": dict(options[0]), "W0": samples, "trained": trained}
+def warn_of_untrained(layers):
+    untrained = [name for name, layer in layers.items() if not layer.B.any()]
+    if 0 < len(untrained) < len(layers):
+        warnings.warn(f"training never reached these layers, their B is 0: {untrained}", stacklevel=3)
 
 
 def adapter_parameters(layers):
@@ -481,7 +577,7 @@ def conv1d():
 def why_not(linear, r, alpha):
     """The reason why a layer cannot be adapted, or None. All it does has to be W0 x + b."""
     if not isinstance(linear, (nn.Linear, conv1d())):
-        return "it is no nn.Linear"
+        return f"it is {type(linear).__name__}, no nn.Linear"
     if any(hooks_of(linear).values()):
         return "it has hooks"
     known = nn.Linear.forward, getattr(conv1d(), "forward", nn.Linear.forward)
@@ -614,10 +710,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        T = tokens.shape[1]
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens are more than the context of {self.config.block_size}")
-        x = self.transformer.wte(tokens) + self.transformer.wpe.weight[:T]  # (B, T, C)
+        x = self.transformer.wte(tokens) + self.transformer.wpe.weight[:tokens.shape[1]]  # (B, T, C)
         for block in self.transformer.h:
             x = block(x)
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, vocab)

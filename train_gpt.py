@@ -252,7 +252,7 @@ def positive(kind):
 
 
 COUNT, NUMBER = positive(int), positive(float)
-SETTINGS = {"r": COUNT, "alpha": NUMBER, "r_p": COUNT, "exact": ["0", "1"].index, "lr": NUMBER}
+SETTINGS = {"r": COUNT, "alpha": NUMBER, "dropout": NUMBER, "r_p": COUNT, "exact": ["0", "1"].index, "lr": NUMBER}
 
 
 def methods(text):
@@ -278,7 +278,9 @@ def options_of(method):
     """The names of the settings of a method's layer."""
     if method not in sora.METHODS:
         return []
-    return [*inspect.signature(sora.METHODS[method]).parameters][1:]
+    layer = sora.METHODS[method]
+    known = {**inspect.signature(layer).parameters, **inspect.signature(layer.start).parameters}
+    return [key for key in SETTINGS if key in known]
 
 
 def arguments():

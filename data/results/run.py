@@ -32,8 +32,8 @@ class RotationLinear(sora.SORALinear):
     method = "rotation"
     before = sora.LoRALinear.before
 
-    def __init__(self, linear, r=16, alpha=32, r_p=4, exact=True):
-        super().__init__(linear, r, alpha, r_p, exact)
+    def start(self, r_p=4, exact=True):
+        super().start(r_p, exact)
         self.d.requires_grad_(False)  # which nothing reads
 
 
