@@ -458,8 +458,8 @@ def load_adapter(model: nn.Module, state: dict, check: bool = True) -> nn.Module
 
 
 def save_as_peft(model: nn.Module, folder: str):
-    """Write the adapter into `folder` as peft's PeftModel.from_pretrained(base, folder), vLLM and others read it. LoRA
-    and DoRA only: raises ValueError for what peft does not know, and for what is trained beside the adapter."""
+    """Write the adapter into `folder` in peft's format, for PeftModel.from_pretrained(base, folder) and all that read it.
+    LoRA and DoRA only: raises ValueError for what peft does not know, and for what is trained beside the adapter."""
     state = adapter_state_dict(model)
     options, *others = map(dict, {(*options.items(),) for options, _ in state["layers"].values()})
     if others:

@@ -3,7 +3,7 @@
 
     python train_gpt.py                                     the shipped base on Shakespeare, some minutes on two cores
     python train_gpt.py --methods lora,sora --seeds 3       means, and differences to LoRA with their errors
-    python train_gpt.py --methods lora:r=21,sora:lr=5e-3    settings of a row's own: r, alpha, lr, for SORA r_p, exact
+    python train_gpt.py --methods lora:r=21,sora:lr=5e-3    a row's own r, alpha, dropout, lr, for SORA r_p and exact
     python train_gpt.py --init gpt2                         OpenAI's weights, downloaded once; meant for a GPU
     python train_gpt.py --init 6x4x128 --methods full --data data/austen.txt --save out     pre-train a base
 
