@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors of this project
-"""LoRA, DoRA, Pre-Diag and SORA in one file, with a GPT to try them on. It needs torch 2.6 or newer and nothing else:
-copy it into your project.
+"""LoRA, DoRA, Pre-Diag and SORA in one file, with a GPT to try them on. It needs Python 3.11, torch 2.6 or newer ones, and
+nothing else: copy it into your project.
 
 LoRA trains sBA, a matrix of low rank r, beside a frozen weight W0 (out, in): A (r, in), B (out, r), s = alpha / r.
 "Calibrating and Rotating: A Unified Framework for Weight Conditioning in PEFT" (Chang et al., AAAI 2026) adds a
@@ -86,7 +86,7 @@ class LoRALinear(nn.Module):
 
     linear     the layer to adapt: it becomes frozen, its memory is shared, not copied
     r, alpha   rank of BA, 1 ≤ r ≤ min(in, out), and its scale s = alpha / r
-    dropout    in training A sees each input as 0 with this probability, where the layer is called, not its weight read
+    dropout    in training, the probability that an entry of A's input is set to 0; `weight` knows nothing of it
     options    the method's own, see its `start`
 
     x (..., in) -> y (..., out), in the dtype that nn.Linear gives. The adapter is float32 on a 16-bit base, as training
@@ -136,14 +136,14 @@ class LoRALinear(nn.Module):
             return self.after(y)
 
     def wide_weight(self):
-        """W' (out, in), before it is rounded: with the identity for x, y is W0ᵀ and h is Aᵀ"""
+        """W' (out, in), before it is rounded: the rows of x are those of the identity, so y = W0ᵀ and h = Aᵀ"""
         W0 = self.oriented(self.W0)
         return self.conditioned(wide(W0.T), wide(self.A.T)).T
 
     @property
     def weight(self) -> torch.Tensor:
-        """W' as the adapted layer stored its weight, in W0's dtype, with gradients; put together at each reading. So a
-        module that reads layer.weight, without calling the layer, gets the adapted one."""
+        """W' as the adapted layer stored its weight, in W0's dtype, with gradients; made anew at each reading, even of
+        its dtype. So a module that reads layer.weight, without calling the layer, gets the adapted one."""
         return self.oriented(self.wide_weight()).to(self.W0.dtype)
 
     def by_weight(self, x):
@@ -151,7 +151,7 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.wide_weight().to(self.W0.dtype), self.bias)
 
     def by_outputs(self, x):
-        """W'x + b, and x never meets W'"""
+        """W'x + b, without making W'"""
         rows = x.reshape(-1, self.in_features)  # (n, in)
         y = F.linear(rows, self.oriented(self.W0))  # (n, out)
         h = F.linear(self.dropout(rows), self.A.to(x.dtype))  # (n, r)
@@ -161,10 +161,10 @@ class LoRALinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        # Both ways give the same, up to rounding. By weight costs the making of W', whatever n is, and a product more
+        # Both ways give the same, up to rounding. By weight costs the making of W', whatever n is, and one product more
         # in the backward pass; by outputs costs some passes over (n, out). So W' pays where many tokens meet a narrow
-        # layer: on two CPU cores it takes 0.60 to 0.84 of the time for n = 2048 and in = out = 128, but 1.15 to 1.40
-        # for in = out = 1024. With dropout there is no W': what W0 meets is whole.
+        # layer: on two CPU cores it takes 0.60 to 0.84 of by_outputs' time for n = 2048 and in = out = 128, but 1.15 to
+        # 1.40 for in = out = 1024. With dropout there is no W': A and W0 see different inputs.
         many = input.numel() // self.in_features >= 512
         narrow = self.in_features <= (512 if input.is_cpu else 2048)
         drops = self.training and self.dropout.p
@@ -326,17 +326,18 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
 
     method    one of METHODS: "lora", "dora", "prediag", "sora"; for r, alpha and options see its class
     targets   None: every linear layer (nn.Linear, transformers' Conv1D) but the output head: what shares its weight
-              with an embedding, or is the model's get_output_embeddings(). What cannot be adapted stays as it is, and
+              with an embedding, or is a get_output_embeddings() of transformers. What cannot be adapted stays as it is, and
               one warning names it, experts (3-D parameters) too.
               Else names or endings of names, matched on whole dotted parts: ["c_attn", "mlp.c_proj"]
-    train     names, matched alike, of modules to train as they are, without an adapter: ["classifier"], a new head
-    A layer of several names stays shared. Load the base's weights first, for DoRA needs them, and cast it first: .to()
-    casts an adapter like everything else. Raises ValueError, before anything is changed, for an unknown method, names
+    train     names, matched alike, of modules to train whole, in their own dtype, without an adapter: ["classifier"],
+              a new head
+    A layer of several names stays shared. First load the base's weights, for DoRA needs them, cast it and move it: .to()
+    casts an adapter like everything else, and DoRA's norm is the same to the last bit on the same device only. Raises ValueError, before anything is changed, for an unknown method, names
     that match nothing, targets that cannot be adapted, or a model that is adapted already.
     """
     if adapted_layers(model):
         raise ValueError("the model is adapted already: merge it first")
-    chosen, beside = linear_layers(model), matched(dict(model.named_modules()), train)
+    chosen, beside = linear_layers(model), matched(dict(model.named_modules(remove_duplicate=False)), train)
     kept = {p for module in beside.values() for p in module.parameters()}
     if targets is None:
         kept |= output_head(model)
@@ -346,7 +347,7 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
 
     left = {name: reason for name, m in chosen.items() if (reason := why_not(m, r, alpha))}
     if len(left) == len(chosen) or left and targets is not None:
-        raise ValueError(f"these layers cannot be adapted: {left or 'the model, or targets, has none'}")
+        raise ValueError(f"these layers cannot be adapted: {left or 'there are none, inside the model or in targets'}")
     if left:
         warnings.warn(f"these layers cannot be adapted and stay as they are: {left}", stacklevel=2)
 
@@ -385,8 +386,8 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module):
-    """`with disabled(model):` the adapted layers compute W0 x + b, at no memory: the base, as DPO and KL need it for
-    reference. What is trained beside the adapter stays as it is."""
+    """`with disabled(model):` the adapted layers compute W0 x + b, at no extra memory: the base, as DPO and KL need it
+    for reference. What is trained beside the adapter stays as it is. Merged or copied in there, it would stay so."""
     layers = [layer for layer in adapted_layers(model).values() if layer.enabled]
     try:
         for layer in layers:
@@ -436,9 +437,9 @@ def load_adapter(model: nn.Module, state: dict, check: bool = True) -> nn.Module
         mine = getattr(inner.get_submodule(name), "options", options)
         if mine != options:
             raise ValueError(f"{name}: the adapter has {options}, the model {mine}: they must be alike")
-        if check and not torch.allclose(sample(W0), expected, rtol=0.005, atol=1e-7):
-            raise ValueError(f"{name}: W0 is not that of the training: load that base; a layer that is drawn anew in each "
-                             "process is better trained beside (adapt's train); check=False loads all the same")
+        if check and not torch.allclose(sample(W0), expected.cpu(), rtol=0.005, atol=1e-7):
+            raise ValueError(f"{name}: W0 is not that of the training: load that base; a layer that each process draws "
+                             "at random belongs in adapt's train; check=False loads all the same")
 
     adapted = adapted_layers(inner)
     layers = adapted or {name: new_layer(inner.get_submodule(name), **options)
@@ -461,14 +462,14 @@ def save_as_peft(model: nn.Module, folder: str):
     """Write the adapter into `folder` in peft's format, for PeftModel.from_pretrained(base, folder) and all that read it.
     LoRA and DoRA only: raises ValueError for what peft does not know, and for what is trained beside the adapter."""
     state = adapter_state_dict(model)
-    options, *others = map(dict, {(*options.items(),) for options, _ in state["layers"].values()})
+    options, *others = {str(options): options for options, _ in state["layers"].values()}.values()
     if others:
         raise ValueError(f"peft wants one rank, alpha, dropout and method, not {options} and {others}: merge(model)")
     names = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
     tensors = {}
     for name, p in state["trained"].items():
         layer, _, key = name.rpartition(".")
-        if key not in names:
+        if layer not in state["layers"] or key not in names:
             raise ValueError(f"peft's LoRA and DoRA have no {name}: merge(model) and save the whole model")
         tensors[f"base_model.model.{layer}.{names[key]}"] = p
     config = {
@@ -502,7 +503,7 @@ def adapted_layers(model):
 def linear_layers(model):
     """{name: module} of the linear layers inside, and of what holds experts: 3-D parameters"""
     found = {}
-    for name, m in model.named_modules():
+    for name, m in model.named_modules(remove_duplicate=False):
         linear = isinstance(m, (nn.Linear, conv1d()))
         experts = any(p.ndim == 3 and len(p) > 1 for p in m.parameters(recurse=False))
         if name and (linear or experts and not type(m).__module__.startswith("torch.")):
@@ -511,9 +512,9 @@ def linear_layers(model):
 
 
 def output_head(model):
-    """The parameters of the head that transformers' models name, and of embeddings, which a tied head shares"""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return {p for m in model.modules() if m is head or isinstance(m, nn.Embedding) for p in m.parameters()}
+    """The parameters of what models of transformers call their head, and of embeddings, which a tied head shares"""
+    heads = [getattr(m, "get_output_embeddings", lambda: None)() for m in model.modules()]
+    return {p for m in model.modules() if m in heads or isinstance(m, nn.Embedding) for p in m.parameters()}
 
 
 def matched(modules, endings):
@@ -545,7 +546,7 @@ def replace(model, layers):
 
 def warn_of_untrained(layers):
     untrained = [name for name, layer in layers.items() if not layer.B.any()]
-    if 0 < len(untrained) < len(layers):
+    if untrained:
         warnings.warn(f"training never reached these layers, their B is 0: {untrained}", stacklevel=3)
 
 
@@ -569,8 +570,8 @@ def sample(W0):
 
 
 def conv1d():
-    """transformers' Conv1D, a linear layer that stores its weight (in, out); where nobody has imported it, (), which
-    isinstance takes for no class"""
+    """transformers' Conv1D, a linear layer that stores its weight (in, out); where nobody has imported it, (), of which
+    nothing is an instance"""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", ())
 
 
@@ -598,8 +599,8 @@ def hooks_of(module):
 
 
 def without_tensors(linear):
-    """[a copy of the layer without its parameters], from which merging makes the plain layer: each parameter's entry in
-    the memo is None, so deepcopy puts None there. In a list, or it would be a submodule of the adapted layer."""
+    """[a copy of the layer without its parameters], from which merging makes the plain layer: the memo tells deepcopy
+    that the copy of each parameter is None. In a list, or it would be a submodule of the adapted layer."""
     return [copy.deepcopy(linear, {id(p): None for p in linear.parameters()})]
 
 
@@ -629,7 +630,8 @@ def svd_entropy(matrix: torch.Tensor, power: float = 2) -> float:
     return (torch.special.entr(p).sum() / math.log(len(sigma))).item()
 
 
-# ======== All above stands alone and may be copied without the rest. Below: a GPT to try it on, as nanoGPT lays it out
+# ======== All above stands alone and may be copied without the rest. Below: a GPT to try it on, as nanoGPT lays it out.
+# In shapes B is the batch, T the tokens, C the channels
 
 
 @dataclass
