@@ -107,8 +107,10 @@ class LoRALinear(nn.Module):
         self.train(linear.training)
 
         self.options = {"method": self.method, "r": int(r), "alpha": float(alpha), "dropout": float(dropout)}
-        self.s, self.enabled = alpha / r, True
-        self.W0, self.bias = linear.weight, linear.bias
+        self.s = alpha / r
+        self.enabled = True
+        self.W0 = linear.weight
+        self.bias = linear.bias
         self.out_features, self.in_features = self.oriented(self.W0).shape
         self.A = nn.init.kaiming_uniform_(self.zeros(r, self.in_features), a=math.sqrt(5))
         self.B = self.zeros(self.out_features, r)
@@ -137,8 +139,7 @@ class LoRALinear(nn.Module):
 
     def wide_weight(self):
         """W' (out, in), before it is rounded: the rows of x are those of the identity, so y = W0ᵀ and h = Aᵀ"""
-        W0 = self.oriented(self.W0)
-        return self.conditioned(wide(W0.T), wide(self.A.T)).T
+        return self.conditioned(wide(self.oriented(self.W0).T), wide(self.A.T)).T
 
     @property
     def weight(self) -> torch.Tensor:
@@ -180,7 +181,7 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """W' (out, in) in W0's dtype; bit for bit W0 until something is trained."""
-        return self.wide_weight().to(self.W0.dtype)
+        return self.oriented(self.weight)
 
     def oriented(self, W):
         """(out, in) of a weight as the adapted layer stores it, and back: only transformers' Conv1D has (in, out)"""
@@ -337,7 +338,8 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
     """
     if adapted_layers(model):
         raise ValueError("the model is adapted already: merge it first")
-    chosen, beside = linear_layers(model), matched(dict(model.named_modules(remove_duplicate=False)), train)
+    chosen = linear_layers(model)
+    beside = matched(dict(model.named_modules(remove_duplicate=False)), train)
     kept = {p for module in beside.values() for p in module.parameters()}
     if targets is None:
         kept |= output_head(model)
@@ -366,11 +368,12 @@ def merge(model: nn.Module) -> nn.Module:
     layers = adapted_layers(model)
     warn_of_untrained(layers)
     for name, layer in layers.items():
-        delta, weight = layer.delta(), layer.merged_weight()
+        delta = layer.delta()
+        weight = layer.merged_weight()
         lost = delta - (wide(weight) - layer.oriented(layer.W0))
         if lost.norm() > delta.norm() / 2:
-            lossy = f"{name}: {weight.dtype} rounds off over half of the update: merge model.float(), say"
-            warnings.warn(lossy, stacklevel=2)
+            warnings.warn(f"{name}: {weight.dtype} rounds off over half of the update: merge model.float(), say",
+                          stacklevel=2)
         # one by one, so that W0 goes before the next W' comes
         replace(model, {name: plain_layer(layer, nn.Parameter(layer.oriented(weight).contiguous()))})
     return model
@@ -387,7 +390,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 @contextmanager
 def disabled(model: nn.Module):
     """`with disabled(model):` the adapted layers compute W0 x + b, at no extra memory: the base, as DPO and KL need it
-    for reference. What is trained beside the adapter stays as it is. Merged or copied in there, it would stay so."""
+    for reference, but for what is trained beside the adapter. Do not merge or copy the model in there."""
     layers = [layer for layer in adapted_layers(model).values() if layer.enabled]
     try:
         for layer in layers:
@@ -400,9 +403,10 @@ def disabled(model: nn.Module):
 
 def adapter_state_dict(model: nn.Module) -> dict:
     """All that is trained (copies, on the CPU): the adapter's parameters, and whatever else requires a gradient. Beside
-    them what load_adapter needs: the options of each layer, and sixteen entries of its W0, by which the base is known
-    again. Buffers are not in it, such as the statistics of a BatchNorm, which move in train() even if it is frozen.
-    Raises ValueError for no adapter; warns where training never reached a layer, or nothing of the adapter is trained.
+    them what load_adapter needs: the options of each layer, and sixteen entries of each parameter that is frozen, by
+    which the base is known again. Buffers are not in it, such as the statistics of a BatchNorm, which move in train()
+    even if it is frozen. Raises ValueError for no adapter; warns where training never reached a layer, or nothing of
+    the adapter is trained.
     """
     model = unwrapped(model)
     layers = adapted_layers(model)
@@ -412,39 +416,41 @@ def adapter_state_dict(model: nn.Module) -> dict:
     adapter = adapter_parameters(layers)
     if not any(p.requires_grad for p in adapter.values()):
         warnings.warn("no parameter of the adapter requires a gradient: is this what you trained?", stacklevel=2)
-    trained = adapter | {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = named_as_in_the_base(model.named_parameters())
+    trained = adapter | {name: p for name, p in parameters.items() if p.requires_grad}
     return {
-        "layers": {name: (layer.options, sample(layer.W0)) for name, layer in layers.items()},
+        "layers": {name: layer.options for name, layer in layers.items()},
+        "base": {name: sample(p) for name, p in parameters.items() if name not in trained},
         "trained": {name: p.detach().to("cpu", copy=True) for name, p in trained.items()},
     }
 
 
 def load_adapter(model: nn.Module, state: dict, check: bool = True) -> nn.Module:
-    """Put an adapter_state_dict on `model`, in place: on a plain base, which it adapts, or on a model adapted alike.
+    """Put an adapter_state_dict on `model`, in place: on a plain base, which it adapts (and so moves torch's random state),
+    or on a model adapted alike.
 
-    Raises ValueError, before any number is changed, where `state` is not whole, a layer is missing, the model is
-    adapted in another way, or a W0 is not that of the training: one of its sixteen entries is off by more than 0.5 %.
-    (Casting a base to 16 bits moves them by 0.4 % at most.) check=False leaves this comparison out.
+    Raises ValueError, before any number is changed, where `state` is not whole, the model is adapted in another way, or
+    is not the base of the training: one of the sixteen entries of a frozen parameter is off by more than 0.5 %. (Casting
+    to 16 bits moves them by 0.4 % at most.) check=False leaves this comparison out.
     """
-    if {*state} != {"layers", "trained"}:
+    if {*state} != {"layers", "base", "trained"}:
         raise ValueError("this is no adapter_state_dict: save that of an adapted model")
     inner = unwrapped(model)
-    parameters = dict(inner.named_parameters(remove_duplicate=False))
-    for name, (options, expected) in state["layers"].items():
-        W0 = parameters.get(f"{name}.W0", parameters.get(f"{name}.weight"))
-        if W0 is None:
-            raise ValueError(f"the adapter is for a layer that the model has not: {name}")
-        mine = getattr(inner.get_submodule(name), "options", options)
-        if mine != options:
-            raise ValueError(f"{name}: the adapter has {options}, the model {mine}: they must be alike")
-        if check and not torch.allclose(sample(W0), expected.cpu(), rtol=0.005, atol=1e-7):
-            raise ValueError(f"{name}: W0 is not that of the training: load that base; a layer that each process draws "
-                             "at random belongs in adapt's train; check=False loads all the same")
+    parameters = named_as_in_the_base(inner.named_parameters(remove_duplicate=False))
+    for name, expected in state["base"].items():
+        known = name in parameters and torch.allclose(sample(parameters[name]), expected.cpu(), rtol=0.005, atol=1e-7)
+        if check and not known:
+            raise ValueError(f"{name} is not that of the training: load the same base; a layer that each process draws at "
+                             "random belongs in adapt's train; check=False loads all the same")
 
     adapted = adapted_layers(inner)
-    layers = adapted or {name: new_layer(inner.get_submodule(name), **options)
-                         for name, (options, _) in state["layers"].items()}
-    given, adapter = state["trained"], adapter_parameters(layers)
+    layers = adapted or {name: new_layer(inner.get_submodule(name), **told) for name, told in state["layers"].items()}
+    for name, layer in layers.items():
+        told = state["layers"].get(name)
+        if layer.options != told:
+            raise ValueError(f"{name}: the adapter has {told}, the model {layer.options}: they must be alike")
+    given = state["trained"]
+    adapter = adapter_parameters(layers)
     wanted = parameters | adapter
     odd = adapter.keys() - given or shapes(given) - shapes(wanted)
     if odd:
@@ -462,7 +468,7 @@ def save_as_peft(model: nn.Module, folder: str):
     """Write the adapter into `folder` in peft's format, for PeftModel.from_pretrained(base, folder) and all that read it.
     LoRA and DoRA only: raises ValueError for what peft does not know, and for what is trained beside the adapter."""
     state = adapter_state_dict(model)
-    options, *others = {str(options): options for options, _ in state["layers"].values()}.values()
+    options, *others = {str(options): options for options in state["layers"].values()}.values()
     if others:
         raise ValueError(f"peft wants one rank, alpha, dropout and method, not {options} and {others}: merge(model)")
     names = {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}
@@ -470,7 +476,7 @@ def save_as_peft(model: nn.Module, folder: str):
     for name, p in state["trained"].items():
         layer, _, key = name.rpartition(".")
         if layer not in state["layers"] or key not in names:
-            raise ValueError(f"peft's LoRA and DoRA have no {name}: merge(model) and save the whole model")
+            raise ValueError(f"only LoRA and DoRA are written, not {name}: merge(model) and save the whole model")
         tensors[f"base_model.model.{layer}.{names[key]}"] = p
     config = {
         "peft_type": "LORA",
@@ -556,14 +562,18 @@ def adapter_parameters(layers):
             if key not in ("W0", "bias")}
 
 
+def named_as_in_the_base(parameters):
+    return {name.replace(".W0", ".weight"): p for name, p in parameters}
+
+
 def shapes(tensors):
     return {(name, p.shape) for name, p in tensors.items()}
 
 
-def sample(W0):
+def sample(p):
     """Sixteen entries, evenly spread"""
-    index = torch.arange(16, device=W0.device) * (W0.numel() - 1) // 15
-    return W0.detach().reshape(-1)[index].float().cpu()
+    index = torch.arange(16) * (p.numel() - 1) // 15
+    return p.detach().reshape(-1)[index].float().cpu()
 
 
 # The rare cases: what is linear but no nn.Linear, and what would fail silently
