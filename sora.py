@@ -26,20 +26,20 @@ entropy of its singular values (`svd_entropy`). Full fine-tuning changes a weigh
 directions only. A diagonal changes every direction, as (diag(d) − I) W0 is not of low rank; this, the paper holds, is
 why DoRA beats LoRA. Why before? DoRA's diagonal, after the sum, rescales BA too and depends on it through the norm; d
 calibrates W0 alone, at less cost. Why rotate? A diagonal can only stretch each output feature; a rotation mixes them,
-and keeps the length of the output. (The yardstick hardly sees this: R does not change the singular values of the matrix
-M that it multiplies, and what it adds to the update, (R − I) M, has rank 2 r_p at most.)
+and keeps the length of the output. (The yardstick hardly sees this: with M = diag(d) W0 + sBA, the singular values of
+RM are those of M, and what R adds to the update, (R − I) M, has rank 2 r_p at most.)
 
-One observation makes the code short. Since (R M) x = R (M x), a conditioning acts on whatever has output features: on
-what comes out of the layer, W0 x, for each x, and on W0 itself, which is W0 x with the columns of the identity for x.
-So one function, `LoRALinear.conditioned`, gives both W'x and W', and a method is a line or two. The formulas are for
-one column x; the code holds many of them as the rows of an array, so that A x is written F.linear(x, A).
+One observation makes the code short. Since (R M) x = R (M x), to condition the weight W0 or its outputs W0 x is the
+same, and W0 itself is nothing but its outputs, for the columns of the identity. So one function,
+`LoRALinear.conditioned`, gives both W'x and W', and a method is a line or two. The formulas are for one column x; the
+code holds many of them as the rows of an array, so that A x is written F.linear(x, A).
 
 Glossary
     here            in the formulas                                              in the authors' code
     W0              W0 (out, in), frozen                                         base_layer.weight
     A, B            A (r, in), B (out, r): the low-rank pair                     lora_A, lora_B
     r, alpha, s     rank of BA; s = alpha / r scales it                          r, lora_alpha, scaling
-    m               m (out,): DoRA's magnitude, the norm of each row of W'       -
+    m               m (out,): DoRA's magnitude, ± the norm of each row of W'     -
     d               d (out,): the diagonal that calibrates W0                    lora_Diag
     C, E            C, E (out, r_p): the pair that makes the rotation            lora_C, lora_D
     r_p             the columns of C and of E: R − I has rank 2 r_p at most
@@ -143,8 +143,8 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """W' as the adapted layer stored its weight, in W0's dtype, with gradients; made anew at each reading, even of
-        its dtype. So a module that reads layer.weight, without calling the layer, gets the adapted one."""
+        """W' as the adapted layer stored its weight, in W0's dtype, with gradients; computed anew at each reading. So a
+        module that reads layer.weight, without calling the layer, gets the adapted one."""
         return self.oriented(self.wide_weight()).to(self.W0.dtype)
 
     def by_weight(self, x):
@@ -162,8 +162,8 @@ class LoRALinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        # Both ways give the same, up to rounding. By weight costs the making of W', whatever n is, and one product more
-        # in the backward pass; by outputs costs some passes over (n, out). So W' pays where many tokens meet a narrow
+        # Both ways give the same, up to rounding. By weight costs the making of W', whatever n is, and dW', one product
+        # more, in the backward pass; by outputs costs some passes over (n, out). So W' pays where many tokens meet a narrow
         # layer: on two CPU cores it takes 0.60 to 0.84 of by_outputs' time for n = 2048 and in = out = 128, but 1.15 to
         # 1.40 for in = out = 1024. With dropout there is no W': A and W0 see different inputs.
         many = input.numel() // self.in_features >= 512
@@ -242,12 +242,12 @@ class SORALinear(PreDiagLinear):
     E   (out, r_p)        a copy of C: R = I, yet both have a gradient              trained
     Parameters: r (in + out) + out + 2 r_p out. R = I + K Vᵀ, with K and V (out, 2 r_p) made of C and E (`rotation`).
 
-    r_p     rank of each of C and E, at least 1 (else ValueError)
+    r_p     columns of C and of E, at least 1 (else ValueError)
     exact   the exact rotation, or the authors' first-order one
 
     Where we differ from the authors' layer, on purpose:
     - theirs is R = I + S, S skew (`rotation`): RᵀR = I − S², so norms can only grow; exact=False gives it;
-    - theirs scales and rotates the bias too, and merges without I, so that a fresh adapter merges to zero.
+    - theirs scales and rotates the bias too, and merges with S for R, so that a fresh adapter merges to zero.
     """
 
     method = "sora"
@@ -281,18 +281,20 @@ def rotated(y, K, V):
 def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
     """K and V, each (out, 2 r_p), of the rotation R = I + K Vᵀ that C and E (out, r_p) make; in float32 at least.
 
-    S = t (E Cᵀ − C Eᵀ) is skew, Sᵀ = −S; t is below. So the Cayley transform R = (I − S/2)⁻¹ (I + S/2) is orthogonal:
-    I + S/2 is the transpose of I − S/2 and commutes with it. As I + S/2 = (I − S/2) + S, it is R = I + (I − S/2)⁻¹ S.
+    S = t (E Cᵀ − C Eᵀ), with a number t (below), is skew: Sᵀ = −S. So its eigenvalues are imaginary, I − S/2 is
+    regular, and the Cayley transform R = (I − S/2)⁻¹ (I + S/2) is orthogonal, as the two factors commute and each is
+    the other's transpose. As I + S/2 = (I − S/2) + S, it is R = I + (I − S/2)⁻¹ S.
 
-    To invert a matrix of 2 r_p rows only, let V = [C, E − C] and Q = t (0 −I; I 0), with blocks r_p wide. Multiplied
-    out, V Q Vᵀ = S. With X = Q⁻¹ − VᵀV/2 then (I − S/2) V = V − V Q VᵀV/2 = V Q X, so V X⁻¹ = (I − S/2)⁻¹ V Q, and
-    times Vᵀ
+    To invert a matrix of 2 r_p rows only, let V = [C, E − C], Q = t (0 −I; I 0), with blocks r_p wide, and
+    X = Q⁻¹ − VᵀV/2. Multiplied out,
 
-        R = I + V X⁻¹ Vᵀ = I + K Vᵀ
+        S = V Q Vᵀ
+        (I − S/2) V = V − V Q VᵀV/2 = V Q X,    so    (I − S/2)⁻¹ V Q = V X⁻¹
+        R = I + (I − S/2)⁻¹ V Q Vᵀ = I + V X⁻¹ Vᵀ = I + K Vᵀ
 
-    t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)), of Frobenius norms, is the authors': with it S grows as C and E do once they are
-    large, without it as their square. Their R stops at I + S (exact=False, K = V Q), the transform's first order.
-    Where E = C, V = [C, 0] and K = [0, −tC]: R = I, to the last bit.
+    t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)), of Frobenius norms, is the authors': so a large S is linear in C and E, not
+    quadratic. Their R stops at I + S (exact=False, K = V Q), the transform's first order. Where E = C, V = [C, 0] and
+    K = [0, −tC]: R = I, to the last bit.
     """
     C, E = wide(C), wide(E)
     with no_autocast(C):
@@ -304,7 +306,7 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
         X = one_over_t * torch.cat([lower, -upper])  # Q⁻¹ = (0 I; −I 0) / t, (2 r_p, 2 r_p)
         if exact:
             X = torch.addmm(X, V.T, V, alpha=-0.5)  # Q⁻¹ − VᵀV/2
-        inverse, _ = torch.linalg.inv_ex(X)  # det X = det(I − S/2) / det Q ≠ 0; inv would wait for the GPU
+        inverse, _ = torch.linalg.inv_ex(X)  # det Q det X = det(I − S/2) ≠ 0; inv would wait for the GPU to see it
         return V @ inverse, V
 
 
@@ -332,8 +334,8 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
               Else names or endings of names, matched on whole dotted parts: ["c_attn", "mlp.c_proj"]
     train     names, matched alike, of modules to train whole, in their own dtype, without an adapter: ["classifier"],
               a new head
-    A layer of several names stays shared. First load the base's weights, for DoRA needs them, cast it and move it: .to()
-    casts an adapter like everything else, and DoRA's norm is the same to the last bit on the same device only. Raises ValueError, before anything is changed, for an unknown method, names
+    A layer of several names stays shared. Load, cast and move the base first: DoRA's m depends on W0, and .to() casts
+    an adapter like everything else. Raises ValueError, before anything is changed, for an unknown method, names
     that match nothing, targets that cannot be adapted, or a model that is adapted already.
     """
     if adapted_layers(model):

@@ -599,7 +599,7 @@ def test_layers_whose_weight_is_read_are_adapted_too(method):
 def test_a_shared_layer_stays_shared():
     def two():
         shared = linear()
-        return nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+        return nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": linear()})
 
     model = trained(adapt(two(), r=2, targets="b.0"))
     state, given_back = adapter_state_dict(model), unmerge(copy.deepcopy(model))
@@ -607,6 +607,7 @@ def test_a_shared_layer_stays_shared():
     assert torch.equal(loaded["a"].weight, model["a"].weight)
     for each in (model, given_back, loaded, merge(copy.deepcopy(model))):
         assert each["a"] is each["b"][0]
+    assert {name[0] for name in ours(adapt(two(), "lora", r=2, train="b.0"))} == {"a", "c"}
 
 
 def test_a_tied_head_is_left_alone_unless_asked_for_and_then_shares_its_memory():
