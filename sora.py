@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors of this project
-"""LoRA, DoRA, Pre-Diag and SORA in one file, with a GPT to try them on. It needs Python 3.11, torch 2.6 or newer ones, and
-nothing else: copy it into your project.
+"""LoRA, DoRA, Pre-Diag and SORA in one file, with a GPT to try them on. It needs Python 3.11 or newer, torch 2.6 or
+newer, and nothing else: copy it into your project.
 
 LoRA trains sBA, a matrix of low rank r, beside a frozen weight W0 (out, in): A (r, in), B (out, r), s = alpha / r.
 "Calibrating and Rotating: A Unified Framework for Weight Conditioning in PEFT" (Chang et al., AAAI 2026) adds a
@@ -163,9 +163,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # Both ways give the same, up to rounding. By weight costs the making of W', whatever n is, and dW', one product
-        # more, in the backward pass; by outputs costs some passes over (n, out). So W' pays where many tokens meet a narrow
-        # layer: on two CPU cores it takes 0.60 to 0.84 of by_outputs' time for n = 2048 and in = out = 128, but 1.15 to
-        # 1.40 for in = out = 1024. With dropout there is no W': A and W0 see different inputs.
+        # more, in the backward pass; by outputs costs some passes over (n, out). So W' pays where many tokens meet a
+        # narrow layer: on two CPU cores it takes 0.60 to 0.84 of by_outputs' time for n = 2048 and in = out = 128, but
+        # 1.15 to 1.40 for in = out = 1024. With dropout there is no W': A and W0 see different inputs.
         many = input.numel() // self.in_features >= 512
         narrow = self.in_features <= (512 if input.is_cpu else 2048)
         drops = self.training and self.dropout.p
@@ -329,8 +329,8 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
 
     method    one of METHODS: "lora", "dora", "prediag", "sora"; for r, alpha and options see its class
     targets   None: every linear layer (nn.Linear, transformers' Conv1D) but the output head: what shares its weight
-              with an embedding, or is a get_output_embeddings() of transformers. What cannot be adapted stays as it is, and
-              one warning names it, experts (3-D parameters) too.
+              with an embedding, or is a get_output_embeddings() of transformers. What cannot be adapted stays as it
+              is, and one warning names it, experts (3-D parameters) too.
               Else names or endings of names, matched on whole dotted parts: ["c_attn", "mlp.c_proj"]
     train     names, matched alike, of modules to train whole, in their own dtype, without an adapter: ["classifier"],
               a new head
@@ -428,12 +428,12 @@ def adapter_state_dict(model: nn.Module) -> dict:
 
 
 def load_adapter(model: nn.Module, state: dict, check: bool = True) -> nn.Module:
-    """Put an adapter_state_dict on `model`, in place: on a plain base, which it adapts (and so moves torch's random state),
-    or on a model adapted alike.
+    """Put an adapter_state_dict on `model`, in place: on a plain base, which it adapts (and so moves torch's random
+    state), or on a model adapted alike.
 
     Raises ValueError, before any number is changed, where `state` is not whole, the model is adapted in another way, or
-    is not the base of the training: one of the sixteen entries of a frozen parameter is off by more than 0.5 %. (Casting
-    to 16 bits moves them by 0.4 % at most.) check=False leaves this comparison out.
+    is not the base of the training: one of the sixteen entries of a frozen parameter is off by more than 0.5 %.
+    (Casting to 16 bits moves them by 0.4 % at most.) check=False leaves this comparison out.
     """
     if {*state} != {"layers", "base", "trained"}:
         raise ValueError("this is no adapter_state_dict: save that of an adapted model")
@@ -442,8 +442,8 @@ def load_adapter(model: nn.Module, state: dict, check: bool = True) -> nn.Module
     for name, expected in state["base"].items():
         known = name in parameters and torch.allclose(sample(parameters[name]), expected.cpu(), rtol=0.005, atol=1e-7)
         if check and not known:
-            raise ValueError(f"{name} is not that of the training: load the same base; a layer that each process draws at "
-                             "random belongs in adapt's train; check=False loads all the same")
+            raise ValueError(f"{name} is not that of the training: load the same base; a layer that each process draws "
+                             "at random belongs in adapt's train; check=False loads all the same")
 
     adapted = adapted_layers(inner)
     layers = adapted or {name: new_layer(inner.get_submodule(name), **told) for name, told in state["layers"].items()}
@@ -467,8 +467,8 @@ def load_adapter(model: nn.Module, state: dict, check: bool = True) -> nn.Module
 
 
 def save_as_peft(model: nn.Module, folder: str):
-    """Write the adapter into `folder` in peft's format, for PeftModel.from_pretrained(base, folder) and all that read it.
-    LoRA and DoRA only: raises ValueError for what peft does not know, and for what is trained beside the adapter."""
+    """Write the adapter into `folder` in peft's format, as PeftModel.from_pretrained(base, folder) reads it. LoRA and
+    DoRA only: raises ValueError for what peft does not know, and for what is trained beside the adapter."""
     state = adapter_state_dict(model)
     options, *others = {str(options): options for options in state["layers"].values()}.values()
     if others:
