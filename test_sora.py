@@ -915,7 +915,7 @@ ARCHITECTURES = {  # what they are to show: the class, its settings, and what th
                           "'model.layers.0.mlp.experts': 'it is MixtralExperts, no nn.Linear'}"),
     "a router (Llama 4)": ("Llama4ForCausalLM", {"num_key_value_heads": 1, "head_dim": 4, "num_local_experts": 3,
         "intermediate_size_mlp": 12}, "'model.layers.0.feed_forward.router': 'it has a forward of its own'"),
-    "a narrow layer (ESM)": ("EsmForMaskedLM", {"mask_token_id": 2}, r"contact_head.regression': 'r=2 is outside 1.+1'}"),
+    "a narrow layer (ESM)": ("EsmForMaskedLM", {"mask_token_id": 2}, r"regression': 'r=2 is outside 1.+1'}"),
 }
 
 
@@ -1557,7 +1557,7 @@ MISTAKES = r"""
 --step 3                         unrecognized arguments: --step 3
 --methods lora,sorra             argument --methods: unknown method 'sorra': choose from full,frozen,lora,dora,prediag
 --methods lora,                  argument --methods: unknown method '': choose
---methods lora:r_p=2             argument --methods: 'r_p=2' is no setting of lora: choose from \['r', 'alpha', 'dropout'
+--methods lora:r_p=2             argument --methods: 'r_p=2' is no setting of lora: choose from \['r', 'alpha', 'dr
 --methods full:r=2               argument --methods: 'r=2' is no setting of full: choose from \['lr'\]
 --methods sora:exact=2           argument --methods: .*'sora:exact=2'
 --methods lora:r                 argument --methods: '' is no int above 0
