@@ -114,7 +114,7 @@ def ours(module):
 def tiny_gpt(seed=0, **shape):
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 8} | shape))
-    model.transformer.ln_f.bias.data += 1e-6  # where float16 has few digits
+    model.transformer.ln_f.bias.data += 4e-7  # where float16 has few digits
     return model
 
 
