@@ -339,7 +339,7 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
     that match nothing, targets that cannot be adapted, or a model that is adapted already.
     """
     if adapted_layers(model):
-        raise ValueError("the model is adapted already: merge it first")
+        raise ValueError("the model is adapted already: unmerge or merge it first")
     chosen = linear_layers(model)
     beside = matched(dict(model.named_modules(remove_duplicate=False)), train)
     kept = {p for module in beside.values() for p in module.parameters()}
@@ -351,7 +351,7 @@ def adapt(model: nn.Module, method: str = "sora", r: int = 16, alpha: float = 32
 
     left = {name: reason for name, m in chosen.items() if (reason := why_not(m, r, alpha))}
     if len(left) == len(chosen) or left and targets is not None:
-        raise ValueError(f"these layers cannot be adapted: {left or 'there are none, inside the model or in targets'}")
+        raise ValueError(f"these layers cannot be adapted: {left or 'there are none inside, in targets, not in train'}")
     if left:
         warnings.warn(f"these layers cannot be adapted and stay as they are: {left}", stacklevel=2)
 
@@ -443,7 +443,7 @@ def load_adapter(model: nn.Module, state: dict, check: bool = True) -> nn.Module
         known = name in parameters and torch.allclose(sample(parameters[name]), expected.cpu(), rtol=0.005, atol=1e-7)
         if check and not known:
             raise ValueError(f"{name} is not that of the training: load the same base; a layer that each process draws "
-                             "at random belongs in adapt's train; check=False loads all the same")
+                             "at random is lost: name it in adapt's train next time; check=False loads all the same")
 
     adapted = adapted_layers(inner)
     layers = adapted or {name: new_layer(inner.get_submodule(name), **told) for name, told in state["layers"].items()}
@@ -532,7 +532,7 @@ def matched(modules, endings):
         hits = {name: m for name, m in modules.items() if f".{name}".endswith(f".{ending}")}
         if not hits:
             exist = sorted({name.rpartition(".")[2] for name in modules})
-            raise ValueError(f"{ending!r} matches none of the layers inside: {exist}")
+            raise ValueError(f"{ending!r} matches none of the layers inside, in whole dotted parts: {exist}")
         found |= hits
     return found
 
@@ -555,7 +555,8 @@ def replace(model, layers):
 def warn_of_untrained(layers):
     untrained = [name for name, layer in layers.items() if not layer.B.any()]
     if untrained:
-        warnings.warn(f"training never reached these layers, their B is 0: {untrained}", stacklevel=3)
+        warnings.warn(f"training never reached, B is 0 (is the optimizer older than the adapter?): {untrained}",
+                      stacklevel=3)
 
 
 def adapter_parameters(layers):
