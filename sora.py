@@ -372,7 +372,7 @@ def merge(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         delta = layer.delta()
         weight = layer.merged_weight()
-        lost = delta - (wide(weight) - layer.oriented(layer.W0))
+        lost = delta - (weight - layer.oriented(layer.W0))
         if lost.norm() > delta.norm() / 2:
             warnings.warn(f"{name}: {weight.dtype} rounds off over half of the update: merge model.float(), say",
                           stacklevel=2)
@@ -418,7 +418,7 @@ def adapter_state_dict(model: nn.Module) -> dict:
     adapter = adapter_parameters(layers)
     if not any(p.requires_grad for p in adapter.values()):
         warnings.warn("no parameter of the adapter requires a gradient: is this what you trained?", stacklevel=2)
-    parameters = named_as_in_the_base(model.named_parameters())
+    parameters = named_as_in_the_base(model)
     trained = adapter | {name: p for name, p in parameters.items() if p.requires_grad}
     return {
         "layers": {name: layer.options for name, layer in layers.items()},
@@ -438,7 +438,7 @@ def load_adapter(model: nn.Module, state: dict, check: bool = True) -> nn.Module
     if {*state} != {"layers", "base", "trained"}:
         raise ValueError("this is no adapter_state_dict: save that of an adapted model")
     inner = unwrapped(model)
-    parameters = named_as_in_the_base(inner.named_parameters(remove_duplicate=False))
+    parameters = named_as_in_the_base(inner)
     for name, expected in state["base"].items():
         known = name in parameters and torch.allclose(sample(parameters[name]), expected.cpu(), rtol=0.005, atol=1e-7)
         if check and not known:
@@ -565,8 +565,8 @@ def adapter_parameters(layers):
             if key not in ("W0", "bias")}
 
 
-def named_as_in_the_base(parameters):
-    return {name.replace(".W0", ".weight"): p for name, p in parameters}
+def named_as_in_the_base(model):
+    return {name.replace(".W0", ".weight"): p for name, p in model.named_parameters()}
 
 
 def shapes(tensors):
@@ -576,7 +576,7 @@ def shapes(tensors):
 def sample(p):
     """Sixteen entries, evenly spread"""
     index = torch.arange(16) * (p.numel() - 1) // 15
-    return p.detach().reshape(-1)[index].float().cpu()
+    return p.reshape(-1)[index].float().cpu()
 
 
 # The rare cases: what is linear but no nn.Linear, and what would fail silently

@@ -261,6 +261,7 @@ def test_edges_equal_the_dense_formula(case, edge):
 def test_initial_values(method):
     torch.manual_seed(0)
     layer = METHODS[method](linear(400, 100, dtype=torch.float32))
+    assert adapt(nn.Sequential(linear(400, 100)), method)[0].options == layer.options
     default = {"method": method, "r": 16, "alpha": 32.0, "dropout": 0.0}
     assert 0.95 < layer.A.abs().max() * 400**0.5 < 1
     assert not layer.B.any()
@@ -540,18 +541,17 @@ def test_what_an_adapter_would_not_do_is_refused_if_asked_for_and_else_left_with
 
 
 class Experts(nn.Module):
-    """Matrices that are no layers; a class token and a convolution are none either"""
+    """Matrices that are no layers; a single one may be a class token"""
 
     in_features, out_features = 4, 4
 
-    def __init__(self):
+    def __init__(self, number=2):
         super().__init__()
-        self.up = nn.Parameter(torch.zeros(3, 4, 4))
+        self.up = nn.Parameter(torch.zeros(number, 4, 4))
 
 
 def test_experts_are_named_and_what_only_looks_like_a_linear_layer_is_not():
-    token = nn.Module()
-    token.cls = nn.Parameter(torch.zeros(1, 4, 4))
+    token = Experts(1)
     others = [nn.Bilinear(4, 4, 4), nn.Conv1d(4, 4, 2), token]
     others[0].in_features = others[0].out_features = 4
     model = nn.Sequential(nn.Linear(4, 4), *others, nn.Sequential(Experts()))

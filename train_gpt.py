@@ -168,7 +168,7 @@ def prepare(base, row, args):
     if row["method"] == "frozen":  # all but its positional embedding, or there were no backward pass to compare with
         model.transformer.wpe = copy.deepcopy(base.transformer.wpe).requires_grad_(True)
         return model
-    options = {key: row[key] for key in options_of(row["method"]) if key in row}
+    options = {key: row[key] for key in row if key in SETTINGS and key != "lr"}
     return sora.adapt(model, row["method"], targets=args.targets, **options)
 
 
@@ -264,7 +264,7 @@ def methods(text):
         if method not in known:
             raise argparse.ArgumentTypeError(f"unknown method {method!r}: choose from {','.join(known)}")
         row = {"name": name, "method": method}
-        keys = [*options_of(method), "lr"]
+        keys = settings_of(method)
         for setting in settings:
             key, _, value = setting.partition("=")
             if key not in keys:
@@ -274,13 +274,12 @@ def methods(text):
     return rows
 
 
-def options_of(method):
-    """The names of the settings of a method's layer."""
+def settings_of(method):
+    """The names of a row's settings."""
     if method not in sora.METHODS:
-        return []
-    layer = sora.METHODS[method]
-    known = {**inspect.signature(layer).parameters, **inspect.signature(layer.start).parameters}
-    return [key for key in SETTINGS if key in known]
+        return ["lr"]
+    _, *own = inspect.signature(sora.METHODS[method].start).parameters
+    return ["r", "alpha", "dropout", *own, "lr"]
 
 
 def arguments():
