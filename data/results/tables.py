@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The tables and pictures of this folder: python data/results/tables.py
 
-Prints Markdown tables of rates.jsonl, main.jsonl and controls.jsonl beside this script, as far as they are there, and
-draws spectra.svg and losses.svg. It needs matplotlib.
+Prints Markdown tables of rates.jsonl, main.jsonl, controls.jsonl and smol.jsonl beside this script, as far as they are
+there, and draws spectra.svg and losses.svg. It needs matplotlib.
 """
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 UPDATE = {"change": "‖dW‖", "entropy2": "H(σ²)", "entropy1": "H(σ)"}
+COMPARED = ["trained", "val loss", "less lora", "less lora:r=21"]
 GREY = "#7a7f87"  # can be read on white and on black, as can the colours
 COLORS = {
     "full": GREY,
@@ -37,18 +39,35 @@ def main():
         print_correlations(main | controls)
         draw("spectra.svg", spectra, main)
         draw("losses.svg", losses, main)
+    for title, rows in read_smol().items():
+        best = print_smol_rates(title, rows)
+        print_smol(title, rows, best)
+
+
+def rows_of(experiment):
+    path = HERE / f"{experiment}.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = text.split("\n")[:-1]  # what follows the last end of a line is still being written
+    return [*map(json.loads, lines)]
 
 
 def read(experiment):
     """{name: [row of seed 0, row of seed 1, ...]}"""
-    path, found, seeds = HERE / f"{experiment}.jsonl", {}, 0
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = text.split("\n")[:-1]  # what follows the last end of a line is still being written
-    for row in map(json.loads, lines):
+    rows, found, seeds = rows_of(experiment), {}, 0
+    for row in rows:
         if not row["note"].startswith("stopped"):  # by Ctrl-C
             found.setdefault(row["name"], []).append(row)
         seeds = row["settings"]["seeds"]
-    print(f"{path.name}: {len(lines)} rows, of {len(found)} methods × {seeds} seeds")
+    print(f"{experiment}.jsonl: {len(rows)} rows, of {len(found)} methods × {seeds} seeds")
+    return found
+
+
+def read_smol():
+    """{task, steps and size of a batch: [row, ...]}: what may be compared"""
+    found = {}
+    for row in rows_of("smol"):
+        title = f"{row['task']}, {row['steps']} × {row['batch']} × {row['length']}"
+        found.setdefault(title, []).append(row)
     return found
 
 
@@ -79,6 +98,12 @@ def less(rows, others):
 
 def standard_error(values):
     return values.std(ddof=1) / len(values) ** 0.5
+
+
+def compared(rows, known):
+    known = {"lora": [{}], "lora:r=21": [{}]} | known
+    losses = loss_of(rows), less(rows, known["lora"]), less(rows, known["lora:r=21"])
+    return [mean(rows, "trained", ",.0f"), *losses]
 
 
 def ranks(adapters, key):
@@ -119,19 +144,46 @@ def print_rates(found):
 
 def print_rows(title, found, known):
     """Losses are compared with all known rows, as a seed means the same batches everywhere; times within a table"""
-    print_head(title, "trained", "val loss", "less lora", "less lora:r=21", "ms/step", "× frozen", *UPDATE.values())
+    print_head(title, *COMPARED, "ms/step", "× frozen", *UPDATE.values())
     frozen = numbers(found.get("frozen", [{}]), "ms").mean()
     for name, rows in found.items():
         print_line(
             name,
-            mean(rows, "trained", ",.0f"),
-            loss_of(rows),
-            less(rows, known.get("lora", [{}])),
-            less(rows, known.get("lora:r=21", [{}])),
+            *compared(rows, known),
             mean(rows, "ms", ".0f"),
             f"{numbers(rows, 'ms').mean() / frozen:.2f}",
             *[mean(rows, key) for key in UPDATE],
         )
+
+
+def print_smol_rates(title, rows):
+    """Methods × rates, on the tuning split. Returns {method: its best rate}"""
+    grids, best = {}, {}
+    for row in rows:
+        if row["split"] == "tuning":
+            grids.setdefault(row["name"], {})[row["lr"]] = row["loss"] or math.inf  # it has diverged
+    rates = sorted({rate for grid in grids.values() for rate in grid})
+    print_head(title, *map("{:g}".format, rates))
+    for name, grid in grids.items():
+        best[name] = min(grid, key=grid.get)
+        cells = {rate: f"{loss:.3f}" for rate, loss in grid.items()}
+        cells[best[name]] = f"**{cells[best[name]]}**"
+        print_line(name, *[cells.get(rate, "") for rate in rates])
+    return best
+
+
+def print_smol(title, rows, best):
+    """Each method at its best rate, on the final split"""
+    final = [row for row in rows if row["split"] == "final" and row["lr"] == best[row["name"]]]
+    final.sort(key=lambda row: row["seed"])
+    found = {}
+    for row in final:
+        found.setdefault(row["name"], []).append(row)
+    print_head(title, *COMPARED, "exact", "ms/step", *UPDATE.values())
+    print_line("(base)", "", mean(final[:1], "start_loss"), "", "", mean(final[:1], "start_exact"), *[""] * 4)
+    for name, seeds in found.items():
+        updates = [mean(seeds, key) for key in UPDATE]
+        print_line(name, *compared(seeds, found), mean(seeds, "exact"), mean(seeds, "ms", ".0f"), *updates)
 
 
 def print_correlations(found):
