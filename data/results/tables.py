@@ -175,7 +175,8 @@ def print_smol_rates(title, rows):
 def print_smol(title, rows, best):
     """Each method at its best rate, on the final split"""
     final = [row for row in rows if row["split"] == "final" and row["lr"] == best[row["name"]]]
-    final.sort(key=lambda row: row["seed"])
+    order = [*best]
+    final.sort(key=lambda row: (order.index(row["name"]), row["seed"]))
     found = {}
     for row in final:
         found.setdefault(row["name"], []).append(row)
