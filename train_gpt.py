@@ -264,7 +264,10 @@ def methods(text):
         if method not in known:
             raise argparse.ArgumentTypeError(f"unknown method {method!r}: choose from {','.join(known)}")
         row = {"name": name, "method": method}
-        keys = settings_of(method)
+        keys = ["lr"]
+        if method in sora.METHODS:
+            _, *own = inspect.signature(sora.METHODS[method].start).parameters
+            keys = ["r", "alpha", "dropout", *own, "lr"]
         for setting in settings:
             key, _, value = setting.partition("=")
             if key not in keys:
@@ -272,14 +275,6 @@ def methods(text):
             row[key] = SETTINGS[key](value)
         rows.append(row)
     return rows
-
-
-def settings_of(method):
-    """The names of a row's settings."""
-    if method not in sora.METHODS:
-        return ["lr"]
-    _, *own = inspect.signature(sora.METHODS[method].start).parameters
-    return ["r", "alpha", "dropout", *own, "lr"]
 
 
 def arguments():
