@@ -261,8 +261,7 @@ class SORALinear(PreDiagLinear):
         self.E = nn.Parameter(self.C.detach().clone())
 
     def after(self, y):
-        K, V = rotation(self.C, self.E, self.options["exact"])
-        return rotated(y, K, V)
+        return rotated(y, *rotation(self.C, self.E, self.options["exact"]))
 
 
 METHODS = {cls.method: cls for cls in (LoRALinear, DoRALinear, PreDiagLinear, SORALinear)}
@@ -296,7 +295,8 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
     quadratic. Their R stops at I + S (exact=False, K = V Q), the transform's first order. Where E = C, V = [C, 0] and
     K = [0, −tC]: R = I, to the last bit.
     """
-    C, E = wide(C), wide(E)
+    C = wide(C)
+    E = wide(E)
     with no_autocast(C):
         V = torch.cat([C, E - C], 1)  # (out, 2 r_p)
         norms = torch.linalg.vector_norm(torch.stack([C, E]), dim=(1, 2))
@@ -431,9 +431,9 @@ def load_adapter(model: nn.Module, state: dict, check: bool = True) -> nn.Module
     """Put an adapter_state_dict on `model`, in place: on a plain base, which it adapts (and so moves torch's random
     state), or on a model adapted alike.
 
-    Raises ValueError, before any number is changed, where `state` is not whole, the model is adapted in another way, or
-    is not the base of the training: one of the sixteen entries of a frozen parameter is off by more than 0.5 %.
-    (Casting to 16 bits moves them by 0.4 % at most.) check=False leaves this comparison out.
+    Raises ValueError, before any number is changed, where `state` is not whole and finite, the model is adapted in
+    another way, or is not the base of the training: one of the sixteen entries of a frozen parameter is off by more
+    than 0.5 %. (Casting to 16 bits moves them by 0.4 % at most.) check=False leaves this comparison out.
     """
     if {*state} != {"layers", "base", "trained"}:
         raise ValueError("this is no adapter_state_dict: save that of an adapted model")
@@ -454,9 +454,10 @@ def load_adapter(model: nn.Module, state: dict, check: bool = True) -> nn.Module
     given = state["trained"]
     adapter = adapter_parameters(layers)
     wanted = parameters | adapter
-    odd = adapter.keys() - given or shapes(given) - shapes(wanted)
+    odd = (adapter.keys() - given or shapes(given) - shapes(wanted)
+           or {name for name, p in given.items() if not p.isfinite().all()})
     if odd:
-        raise ValueError(f"these tensors are missing, unknown or of another shape: {sorted(odd)}")
+        raise ValueError(f"these tensors are missing, unknown, of another shape or not finite: {sorted(odd)}")
     if not adapted:
         replace(inner.requires_grad_(False), layers)
     for name, p in given.items():
@@ -620,7 +621,8 @@ def without_tensors(linear):
 def plain_layer(layer, weight):
     """A frozen layer of the class that was adapted, with this weight, the same bias, and hooks put there since"""
     plain = copy.deepcopy(layer.template[0])
-    plain.weight, plain.bias = weight, layer.bias
+    plain.weight = weight
+    plain.bias = layer.bias
     vars(plain).update(hooks_of(layer))
     return plain.train(layer.training).requires_grad_(False)
 
@@ -706,7 +708,8 @@ class GPT(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
-        self.config, n = config, config.n_embd
+        self.config = config
+        n = config.n_embd
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, n),
             "wpe": nn.Embedding(config.block_size, n),
