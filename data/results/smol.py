@@ -150,6 +150,7 @@ class Lab:
         found = {"loss": None, "note": run.lost}
         if not run.lost:
             found |= judge(run.model, self.windows[split], args)
+        if not run.lost and split == "final":  # 210 singular value decompositions
             found |= train_gpt.spectrum(self.base, run.model)
         found["trained"] = sum(p.numel() for p in run.trained)
         found["ms"] = 1e3 * statistics.median(run.seconds)

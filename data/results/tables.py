@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The tables and pictures of this folder: python data/results/tables.py
 
-Prints Markdown tables of rates.jsonl, main.jsonl, controls.jsonl and smol.jsonl beside this script, as far as they are
-there, and draws spectra.svg and losses.svg. It needs matplotlib.
+Prints Markdown tables of rates.jsonl, main.jsonl, controls.jsonl, smol.jsonl and cost.jsonl beside this script, as far
+as they are there, and draws spectra.svg and losses.svg. It needs matplotlib.
 """
 import json
 import math
@@ -42,6 +42,8 @@ def main():
     for title, rows in read_smol().items():
         best = print_smol_rates(title, rows)
         print_smol(title, rows, best)
+    for rows in read_cost():
+        print_cost(rows)
 
 
 def rows_of(experiment):
@@ -68,6 +70,16 @@ def read_smol():
     for row in rows_of("smol"):
         title = f"{row['task']}, {row['steps']} × {row['batch']} × {row['length']}"
         found.setdefault(title, []).append(row)
+    return found
+
+
+def read_cost():
+    """[rows of a call, ...]: what took turns"""
+    found = []
+    for row in rows_of("cost"):
+        if row["name"] == "frozen":
+            found.append([])
+        found[-1].append(row)
     return found
 
 
@@ -185,6 +197,23 @@ def print_smol(title, rows, best):
     for name, seeds in found.items():
         updates = [mean(seeds, key) for key in UPDATE]
         print_line(name, *compared(seeds, found), mean(seeds, "exact"), mean(seeds, "ms", ".0f"), *updates)
+
+
+def print_cost(rows):
+    """Medians over the rounds; × frozen is taken in each round, and its least and most follow"""
+    frozen = rows[0]
+    title = f"{frozen['shape']}, {frozen['way']}, {frozen['device']}"
+    print_head(title, "trained", "ms/step", "× frozen", "in three rounds", "peak MiB")
+    for row in rows:
+        ratios = np.divide(row["ms"], frozen["ms"])
+        print_line(
+            row["name"],
+            f"{row['trained']:,}",
+            f"{np.median(row['ms']):.1f}",
+            f"{np.median(ratios):.2f}",
+            f"{ratios.min():.2f} to {ratios.max():.2f}",
+            f"{row['peak_MiB'] or math.nan:,.0f}",
+        )
 
 
 def print_correlations(found):
