@@ -26,8 +26,8 @@ entropy of its singular values (`svd_entropy`). Full fine-tuning changes a weigh
 directions only. A diagonal changes every direction, as (diag(d) − I) W0 is not of low rank; this, the paper holds, is
 why DoRA beats LoRA. Why before? DoRA's diagonal, after the sum, rescales BA too and depends on it through the norm; d
 calibrates W0 alone, at less cost. Why rotate? A diagonal can only stretch each output feature; a rotation mixes them,
-and keeps the length of the output. (The yardstick hardly sees this: with M = diag(d) W0 + sBA, the singular values of
-RM are those of M, and what R adds to the update, (R − I) M, has rank 2 r_p at most.)
+and keeps the length of the output. (The yardstick hardly sees this: with M = diag(d) W0 + sBA, what R adds to the
+update, (R − I) M, has rank 2 r_p at most.)
 
 One observation makes the code short. Since (R M) x = R (M x), to condition the weight W0 or its outputs W0 x is the
 same, and W0 itself is nothing but its outputs, for the columns of the identity. So one function,
@@ -64,6 +64,7 @@ Alter et al. 2000 (p = σ²/Σσ²); GPT-2, Radford et al. 2019, with the layout
 import copy
 import json
 import math
+import re
 import sys
 import warnings
 from contextlib import contextmanager
@@ -87,14 +88,12 @@ class LoRALinear(nn.Module):
     linear     the layer to adapt: it becomes frozen, its memory is shared, not copied
     r, alpha   rank of BA, 1 ≤ r ≤ min(in, out), and its scale s = alpha / r
     dropout    in training, the probability that an entry of A's input is set to 0; `weight` knows nothing of it
-    options    the method's own, see its `start`
+    options    the method's own: arguments of its `start`
 
     x (..., in) -> y (..., out), in the dtype that nn.Linear gives. The adapter is float32 on a 16-bit base, as training
-    would stall with bfloat16's 8 bits. The bias is never conditioned. Raises ValueError for a layer, r or alpha that
-    will not do (`why_not`).
+    would stall with bfloat16's few digits. The bias is never conditioned. Raises ValueError for a layer, r or alpha
+    that will not do (`why_not`).
     """
-
-    method = "lora"
 
     def __init__(self, linear: nn.Linear, r: int = 16, alpha: float = 32, dropout: float = 0.0, **options):
         super().__init__()
@@ -106,13 +105,15 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.train(linear.training)
 
-        self.options = {"method": self.method, "r": int(r), "alpha": float(alpha), "dropout": float(dropout)}
+        names = {cls: name for name, cls in METHODS.items()}
+        self.options = {"method": names.get(type(self)), "r": int(r), "alpha": float(alpha),
+                        "dropout": float(dropout), **options}
         self.s = alpha / r
-        self.enabled = True
+        self.enabled = True  # not so within `disabled`
         self.W0 = linear.weight
         self.bias = linear.bias
         self.out_features, self.in_features = self.oriented(self.W0).shape
-        self.A = nn.init.kaiming_uniform_(self.zeros(r, self.in_features), a=math.sqrt(5))
+        self.A = nn.init.kaiming_uniform_(self.zeros(r, self.in_features), a=5**0.5)
         self.B = self.zeros(self.out_features, r)
         self.start(**options)
         linear.requires_grad_(False)
@@ -149,7 +150,7 @@ class LoRALinear(nn.Module):
 
     def by_weight(self, x):
         """W'x + b, after W' is made"""
-        return F.linear(x, self.wide_weight().to(self.W0.dtype), self.bias)
+        return F.linear(x, self.oriented(self.weight), self.bias)
 
     def by_outputs(self, x):
         """W'x + b, without making W'"""
@@ -201,8 +202,6 @@ class DoRALinear(LoRALinear):
     ‖W0‖² + 2⟨W0, sBA⟩ + ‖sBA‖² would spare that, but loses twice the digits where sBA cancels W0.
     """
 
-    method = "dora"
-
     def start(self):
         self.m = nn.Parameter(self.row_norms())
 
@@ -225,8 +224,6 @@ class PreDiagLinear(LoRALinear):
     Parameters: r (in + out) + out. The authors' layer scales the bias by d too; here only the weight is conditioned.
     """
 
-    method = "prediag"
-
     def start(self):
         self.d = nn.init.ones_(self.zeros(self.out_features))
 
@@ -247,24 +244,22 @@ class SORALinear(PreDiagLinear):
 
     Where we differ from the authors' layer, on purpose:
     - theirs is R = I + S, S skew (`rotation`): RᵀR = I − S², so norms can only grow; exact=False gives it;
-    - theirs scales and rotates the bias too, and merges with S for R, so that a fresh adapter merges to zero.
+    - theirs scales and rotates the bias too, and merges S in place of R: a fresh adapter merges to a weight of 0.
     """
-
-    method = "sora"
 
     def start(self, r_p: int = 4, exact: bool = True):
         if r_p < 1:
             raise ValueError(f"r_p={r_p} is below 1: choose a larger one")
         super().start()
         self.options |= {"r_p": int(r_p), "exact": bool(exact)}
-        self.C = nn.init.kaiming_uniform_(self.zeros(self.out_features, r_p), a=math.sqrt(5), mode="fan_out")
+        self.C = nn.init.kaiming_uniform_(self.zeros(self.out_features, r_p), a=5**0.5, mode="fan_out")
         self.E = nn.Parameter(self.C.detach().clone())
 
     def after(self, y):
         return rotated(y, *rotation(self.C, self.E, self.options["exact"]))
 
 
-METHODS = {cls.method: cls for cls in (LoRALinear, DoRALinear, PreDiagLinear, SORALinear)}
+METHODS = {"lora": LoRALinear, "dora": DoRALinear, "prediag": PreDiagLinear, "sora": SORALinear}
 
 
 def scaled(y, g):
@@ -281,26 +276,25 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
     """K and V, each (out, 2 r_p), of the rotation R = I + K Vᵀ that C and E (out, r_p) make; in float32 at least.
 
     S = t (E Cᵀ − C Eᵀ), with a number t (below), is skew: Sᵀ = −S. So its eigenvalues are imaginary, I − S/2 is
-    regular, and the Cayley transform R = (I − S/2)⁻¹ (I + S/2) is orthogonal, as the two factors commute and each is
-    the other's transpose. As I + S/2 = (I − S/2) + S, it is R = I + (I − S/2)⁻¹ S.
+    invertible, and the Cayley transform R = (I − S/2)⁻¹ (I + S/2) is orthogonal, as I − S/2 and I + S/2 commute and
+    each is the other's transpose. As I + S/2 = (I − S/2) + S, R = I + (I − S/2)⁻¹ S.
 
     To invert a matrix of 2 r_p rows only, let V = [C, E − C], Q = t (0 −I; I 0), with blocks r_p wide, and
     X = Q⁻¹ − VᵀV/2. Multiplied out,
 
         S = V Q Vᵀ
         (I − S/2) V = V − V Q VᵀV/2 = V Q X,    so    (I − S/2)⁻¹ V Q = V X⁻¹
-        R = I + (I − S/2)⁻¹ V Q Vᵀ = I + V X⁻¹ Vᵀ = I + K Vᵀ
+        R = I + (I − S/2)⁻¹ V Q Vᵀ = I + V X⁻¹ Vᵀ = I + K Vᵀ,    K = V X⁻¹
 
-    t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)), of Frobenius norms, is the authors': so a large S is linear in C and E, not
-    quadratic. Their R stops at I + S (exact=False, K = V Q), the transform's first order. Where E = C, V = [C, 0] and
-    K = [0, −tC]: R = I, to the last bit.
+    t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)), of Frobenius norms, is the authors': so S grows as C and E do, not as their
+    product. Their R stops at I + S (exact=False, K = V Q), the transform's first order. At the start E = C, V = [C, 0]
+    and K = [0, −tC]: R = I, to the last bit.
     """
     C = wide(C)
     E = wide(E)
     with no_autocast(C):
         V = torch.cat([C, E - C], 1)  # (out, 2 r_p)
-        norms = torch.linalg.vector_norm(torch.stack([C, E]), dim=(1, 2))
-        one_over_t = (norms.sum() + 1e-6).clamp(min=1)
+        one_over_t = (C.norm() + E.norm() + 1e-6).clamp(min=1)
 
         upper, lower = torch.eye(V.shape[1], dtype=V.dtype, device=V.device).chunk(2)  # (I 0) and (0 I)
         X = one_over_t * torch.cat([lower, -upper])  # Q⁻¹ = (0 I; −I 0) / t, (2 r_p, 2 r_p)
@@ -413,7 +407,7 @@ def adapter_state_dict(model: nn.Module) -> dict:
     model = unwrapped(model)
     layers = adapted_layers(model)
     if not layers:
-        raise ValueError("the model has no adapter: adapt it first")
+        raise ValueError("the model has no adapter: adapt it first, and save before you merge")
     warn_of_untrained(layers)
     adapter = adapter_parameters(layers)
     if not any(p.requires_grad for p in adapter.values()):
@@ -439,9 +433,10 @@ def load_adapter(model: nn.Module, state: dict, check: bool = True) -> nn.Module
         raise ValueError("this is no adapter_state_dict: save that of an adapted model")
     inner = unwrapped(model)
     parameters = named_as_in_the_base(inner)
-    for name, expected in state["base"].items():
-        known = name in parameters and torch.allclose(sample(parameters[name]), expected.cpu(), rtol=0.005, atol=1e-7)
-        if check and not known:
+    for name, told in state["base"].items():
+        known = not check or (name in parameters
+                              and torch.allclose(sample(parameters[name]), told.cpu(), rtol=0.005, atol=1e-7))
+        if not known:
             raise ValueError(f"{name} is not that of the training: load the same base; a layer that each process draws "
                              "at random is lost: name it in adapt's train next time; check=False loads all the same")
 
@@ -462,14 +457,16 @@ def load_adapter(model: nn.Module, state: dict, check: bool = True) -> nn.Module
         replace(inner.requires_grad_(False), layers)
     for name, p in given.items():
         wanted[name].data.copy_(p)
-    for name in given.keys() - adapter:
-        parameters[name].requires_grad_(True)
+        if name not in adapter:
+            wanted[name].requires_grad_(True)
     return model
 
 
 def save_as_peft(model: nn.Module, folder: str):
-    """Write the adapter into `folder` in peft's format, as PeftModel.from_pretrained(base, folder) reads it. LoRA and
-    DoRA only: raises ValueError for what peft does not know, and for what is trained beside the adapter."""
+    """Write the adapter into `folder`, over one that is there, as PeftModel.from_pretrained(base, folder) reads it.
+    LoRA and DoRA only: raises ValueError for what peft does not know, and for what is trained beside the adapter. Merge
+    instead where peft adapts less: of a layer with several names only the first, and nothing where a module reads the
+    layer's weight, as nn.TransformerEncoderLayer does."""
     state = adapter_state_dict(model)
     options, *others = {str(options): options for options in state["layers"].values()}.values()
     if others:
@@ -487,10 +484,11 @@ def save_as_peft(model: nn.Module, folder: str):
         "r": options["r"],
         "lora_alpha": options["alpha"],
         "lora_dropout": options["dropout"],
-        "target_modules": [*state["layers"]],
+        "target_modules": "|".join(map(re.escape, state["layers"])),  # not a list, where "0" means "1.0" too
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapted_layers(model).values()),
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, "adapter_model.safetensors").unlink(missing_ok=True)  # an older one, which peft would read instead
     torch.save(tensors, Path(folder, "adapter_model.bin"))
     Path(folder, "adapter_config.json").write_text(json.dumps(config))
 
@@ -567,7 +565,7 @@ def adapter_parameters(layers):
 
 
 def named_as_in_the_base(model):
-    return {name.replace(".W0", ".weight"): p for name, p in model.named_parameters()}
+    return {re.sub(r"\.W0$", ".weight", name): p for name, p in model.named_parameters()}
 
 
 def shapes(tensors):
@@ -603,9 +601,9 @@ def why_not(linear, r, alpha):
     if not linear.weight.is_floating_point() or linear.weight.itemsize == 1:
         return f"its weight is quantised, {linear.weight.dtype}"
     if r not in range(1, 1 + min(linear.weight.shape)):
-        return f"r={r} is outside 1..{min(linear.weight.shape)}"
+        return f"r={r!r} is outside 1..{min(linear.weight.shape)}"
     if not 0 < alpha < math.inf:
-        return f"alpha={alpha} is no number above 0"
+        return f"alpha={alpha!r} is no number above 0"
 
 
 def hooks_of(module):

@@ -46,7 +46,6 @@ from sora import (
     DoRALinear,
     GPTConfig,
     LoRALinear,
-    PreDiagLinear,
     SORALinear,
     adapt,
     adapted_layers,
@@ -140,11 +139,7 @@ def dense(method, W, p, s, exact=True):
     D = torch.diag(p["d"])
     if method == "prediag":
         return D @ W + BA
-    if method == "diagonal after":
-        return D @ (W + BA)
     R = turn(p["C"], p["E"], exact)
-    if method == "rotation before":
-        return R @ D @ W + BA
     return R @ (D @ W + BA)
 
 
@@ -159,7 +154,8 @@ def turn(C, E, exact=True):
 
 
 def dense_of(layer, W0, p):
-    return dense(layer.method, W0, p, layer.options["alpha"] / layer.options["r"], layer.options.get("exact", True))
+    told = layer.options
+    return dense(told["method"], W0, p, told["alpha"] / told["r"], told.get("exact", True))
 
 
 def results(call, x, parameters, dy):
@@ -195,7 +191,6 @@ def assert_by_the_book(layer, W0):
     W = dense_of(layer, W0, p).detach()
     assert_near({"W'": layer.merged_weight(), "W' - W0": layer.delta()}, {"W'": W, "W' - W0": W - W0})
     assert torch.equal(layer.oriented(layer.weight), layer.merged_weight())
-    assert layer.weight.shape == layer.W0.shape
     assert not layer.delta().requires_grad
     assert not layer.merged_weight().requires_grad
     return wanted
@@ -217,7 +212,7 @@ def test_values_gradients_and_merged_weight_equal_the_dense_formula(case, base):
     assert all(gradient.abs().max() > 1e-3 for gradient in wanted.values())  # or it would hardly be tested
     n_out, n_in = W0.shape
     beyond_lora = {"lora": 0, "dora": n_out, "prediag": n_out, "sora": n_out + 2 * 2 * n_out}
-    assert sum(p.numel() for p in ours(layer).values()) == 3 * (n_in + n_out) + beyond_lora[layer.method]
+    assert sum(p.numel() for p in ours(layer).values()) == 3 * (n_in + n_out) + beyond_lora[layer.options["method"]]
 
 
 def rows_of_zeros(layer):
@@ -283,7 +278,7 @@ def test_a_new_layer_is_its_base_to_the_last_bit_and_all_but_A_can_move(case, dt
         layer = layer_of(case, base)
     assert torch.equal(layer.weight, base.weight)
     assert not layer.delta().any()
-    moves = {"lora": "B", "dora": "Bm", "prediag": "Bd", "sora": "BdCE"}[layer.method]  # A waits for B
+    moves = {"lora": "B", "dora": "Bm", "prediag": "Bd", "sora": "BdCE"}[layer.options["method"]]  # A waits for B
     for way in (layer.by_weight, layer.by_outputs):
         layer.zero_grad()
         way(randn(4, 7, dtype=dtype)).square().sum().backward()
@@ -358,32 +353,6 @@ def test_the_first_order_rotation_only_stretches():
     stretches = torch.linalg.svdvals(torch.eye(6) + K @ V.T)
     assert stretches.min() > 1 - 1e-12
     assert stretches.max() > 1.01
-
-
-class DiagonalAfter(PreDiagLinear):
-    method = "diagonal after"
-    before = LoRALinear.before
-
-    def after(self, y):
-        return sora.scaled(y, self.d)
-
-
-class RotationBefore(SORALinear):
-    method = "rotation before"
-    after = LoRALinear.after
-
-    def before(self, y):
-        return SORALinear.after(self, super().before(y))
-
-
-@pytest.mark.parametrize("cls", [DiagonalAfter, RotationBefore])
-def test_a_method_of_ones_own_is_a_few_lines(cls, monkeypatch):
-    monkeypatch.setitem(METHODS, cls.method, cls)
-    model = trained(adapt(nn.Sequential(linear()), cls.method, r=3))
-    assert_by_the_book(model[0], model[0].W0)
-    again = load_adapter(nn.Sequential(linear()), adapter_state_dict(model))
-    assert type(again[0]) is cls
-    assert torch.equal(again[0].weight, model[0].weight)
 
 
 @pytest.mark.parametrize("sigma, energy, flat", [
@@ -952,6 +921,17 @@ def test_peft_reads_what_is_saved_for_it(make, method, tmp_path):
     assert_close(theirs(x).logits, model(x).logits)
     config = theirs.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (2, 5, 0.5)
+
+
+def test_layers_are_found_by_their_whole_names_and_an_older_file_does_not_stand_in_the_way(tmp_path):
+    peft = pytest.importorskip("peft")
+    base, x = nn.Sequential(linear(), nn.Sequential(nn.ReLU())), randn(7)
+    base[1].W0_ = linear(5)
+    model = trained(adapt(copy.deepcopy(base), "lora", r=2))
+    assert_close(load_adapter(copy.deepcopy(base), adapter_state_dict(model))(x), model(x))
+    (tmp_path / "adapter_model.safetensors").touch()
+    save_as_peft(model, tmp_path)
+    assert_close(peft.PeftModel.from_pretrained(base, tmp_path)(x), model(x))
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -2075,8 +2055,17 @@ def test_recipe_of_serving(tmp_path, monkeypatch):
 def test_readme_adds_a_method(monkeypatch):
     monkeypatch.setattr(sora, "METHODS", dict(METHODS))
     exec(readme("a method"), {})
-    layer = trained(adapt(nn.Sequential(linear()), "postdiag", r=2)[0])
+
+    class WithOption(sora.METHODS["postdiag"]):
+        def start(self, option):
+            super().start()
+
+    sora.METHODS["mine"] = WithOption
+    model = trained(adapt(nn.Sequential(linear()), "mine", r=2, option=3))
+    layer, again = model[0], load_adapter(nn.Sequential(linear()), adapter_state_dict(model))[0]
     assert_close(layer.merged_weight(), layer.d[:, None] * (layer.W0 + layer.s * layer.B @ layer.A))
+    assert torch.equal(again.weight, layer.weight)
+    assert again.options["option"] == 3
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")

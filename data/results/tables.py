@@ -42,8 +42,8 @@ def main():
     for title, rows in read_smol().items():
         best = print_smol_rates(title, rows)
         print_smol(title, rows, best)
-    for rows in read_cost():
-        print_cost(rows)
+    for found in read_cost().values():
+        print_cost(found)
 
 
 def rows_of(experiment):
@@ -65,21 +65,19 @@ def read(experiment):
 
 
 def read_smol():
-    """{task, steps and size of a batch: [row, ...]}: what may be compared"""
+    """{task, steps, size of a batch and device: [row, ...]}: what may be compared"""
     found = {}
     for row in rows_of("smol"):
-        title = f"{row['task']}, {row['steps']} × {row['batch']} × {row['length']}"
+        title = f"{row['task']}, {row['steps']} × {row['batch']} × {row['length']}, {row['device']}"
         found.setdefault(title, []).append(row)
     return found
 
 
 def read_cost():
-    """[rows of a call, ...]: what took turns"""
-    found = []
+    """{a call: {name: [a row of each round]}}: what took turns"""
+    found = {}
     for row in rows_of("cost"):
-        if row["name"] == "frozen":
-            found.append([])
-        found[-1].append(row)
+        found.setdefault(row["call"], {}).setdefault(row["name"], []).append(row)
     return found
 
 
@@ -101,8 +99,8 @@ def loss_of(rows):
 
 def less(rows, others):
     """The loss less that of others, seed by seed: mean ± standard error, and ≈ where it is below two of them"""
-    pairs = zip(numbers(rows, "loss"), numbers(others, "loss"))
-    values = np.array([ours - theirs for ours, theirs in pairs])
+    theirs = {row["seed"]: row for row in others}
+    values = numbers(rows, "loss") - numbers([theirs.get(row["seed"], {}) for row in rows], "loss")
     difference, error = values.mean(), standard_error(values)
     near = " ≈" if abs(difference) < 2 * error else ""
     return f"{difference:+.3f} ± {error:.3f}{near}"
@@ -113,7 +111,7 @@ def standard_error(values):
 
 
 def compared(rows, known):
-    known = {"lora": [{}], "lora:r=21": [{}]} | known
+    known = {"lora": [], "lora:r=21": []} | known
     losses = loss_of(rows), less(rows, known["lora"]), less(rows, known["lora:r=21"])
     return [mean(rows, "trained", ",.0f"), *losses]
 
@@ -187,33 +185,25 @@ def print_smol_rates(title, rows):
 def print_smol(title, rows, best):
     """Each method at its best rate, on the final split"""
     final = [row for row in rows if row["split"] == "final" and row["lr"] == best[row["name"]]]
-    order = [*best]
-    final.sort(key=lambda row: (order.index(row["name"]), row["seed"]))
-    found = {}
-    for row in final:
-        found.setdefault(row["name"], []).append(row)
+    found = {name: [row for row in final if row["name"] == name] for name in best}
     print_head(title, *COMPARED, "exact", "ms/step", *UPDATE.values())
     print_line("(base)", "", mean(final[:1], "start_loss"), "", "", mean(final[:1], "start_exact"), *[""] * 4)
     for name, seeds in found.items():
-        updates = [mean(seeds, key) for key in UPDATE]
-        print_line(name, *compared(seeds, found), mean(seeds, "exact"), mean(seeds, "ms", ".0f"), *updates)
+        if seeds:
+            updates = [mean(seeds, key) for key in UPDATE]
+            print_line(name, *compared(seeds, found), mean(seeds, "exact"), mean(seeds, "ms", ".0f"), *updates)
 
 
-def print_cost(rows):
+def print_cost(found):
     """Medians over the rounds; × frozen is taken in each round, and its least and most follow"""
-    frozen = rows[0]
-    title = f"{frozen['shape']}, {frozen['way']}, {frozen['device']}"
+    told = found["frozen"][0]
+    title = f"{told['shape']}, {told['way']}, {told['device']}"
     print_head(title, "trained", "ms/step", "× frozen", "in three rounds", "peak MiB")
-    for row in rows:
-        ratios = np.divide(row["ms"], frozen["ms"])
-        print_line(
-            row["name"],
-            f"{row['trained']:,}",
-            f"{np.median(row['ms']):.1f}",
-            f"{np.median(ratios):.2f}",
-            f"{ratios.min():.2f} to {ratios.max():.2f}",
-            f"{row['peak_MiB'] or math.nan:,.0f}",
-        )
+    for name, rows in found.items():
+        ratios = numbers(rows, "ms") / numbers(found["frozen"], "ms")
+        ms, ratio, least, most = np.median(numbers(rows, "ms")), np.median(ratios), ratios.min(), ratios.max()
+        cells = f"{ms:.1f}", f"{ratio:.2f}", f"{least:.2f} to {most:.2f}", mean(rows, "peak_MiB", ",.0f")
+        print_line(name, mean(rows, "trained", ",.0f"), *cells)
 
 
 def print_correlations(found):
