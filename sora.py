@@ -199,7 +199,7 @@ class DoRALinear(LoRALinear):
     m   (out,)     ‖W0‖row, so that g = 1 at the start     trained
     Parameters: r (in + out) + out. Row i of W' has norm |m_i|. ‖·‖row is one Euclidean norm per output row, and a
     constant to the gradient (DoRA paper, section 4.3). W0 + sBA is formed for it, for a moment in each pass:
-    ‖W0‖² + 2⟨W0, sBA⟩ + ‖sBA‖² would spare that, but loses twice the digits where sBA cancels W0.
+    ‖W0‖² + 2⟨W0, sBA⟩ + ‖sBA‖² would spare that, but is inexact where sBA nearly cancels W0.
     """
 
     def start(self):
@@ -275,9 +275,9 @@ def rotated(y, K, V):
 def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
     """K and V, each (out, 2 r_p), of the rotation R = I + K Vᵀ that C and E (out, r_p) make; in float32 at least.
 
-    S = t (E Cᵀ − C Eᵀ), with a number t (below), is skew: Sᵀ = −S. So its eigenvalues are imaginary, I − S/2 is
-    invertible, and the Cayley transform R = (I − S/2)⁻¹ (I + S/2) is orthogonal, as I − S/2 and I + S/2 commute and
-    each is the other's transpose. As I + S/2 = (I − S/2) + S, R = I + (I − S/2)⁻¹ S.
+    S = t (E Cᵀ − C Eᵀ), with a number t (below), is skew: Sᵀ = −S. So its eigenvalues λ are imaginary, 1 − λ/2 is never
+    0, and I − S/2 is invertible. The Cayley transform R = (I − S/2)⁻¹ (I + S/2) is orthogonal, as I − S/2 and I + S/2
+    commute and each is the other's transpose. As I + S/2 = (I − S/2) + S, R = I + (I − S/2)⁻¹ S.
 
     To invert a matrix of 2 r_p rows only, let V = [C, E − C], Q = t (0 −I; I 0), with blocks r_p wide, and
     X = Q⁻¹ − VᵀV/2. Multiplied out,
@@ -286,9 +286,9 @@ def rotation(C: torch.Tensor, E: torch.Tensor, exact: bool = True) -> tuple:
         (I − S/2) V = V − V Q VᵀV/2 = V Q X,    so    (I − S/2)⁻¹ V Q = V X⁻¹
         R = I + (I − S/2)⁻¹ V Q Vᵀ = I + V X⁻¹ Vᵀ = I + K Vᵀ,    K = V X⁻¹
 
-    t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)), of Frobenius norms, is the authors': so S grows as C and E do, not as their
-    product. Their R stops at I + S (exact=False, K = V Q), the transform's first order. At the start E = C, V = [C, 0]
-    and K = [0, −tC]: R = I, to the last bit.
+    t = min(1, 1 / (‖C‖ + ‖E‖ + 1e-6)), of Frobenius norms, is the authors': a large S grows as C and E do, not as their
+    product. Their R stops at I + S (exact=False, K = V Q), the transform's first order. At the start E = C, so
+    V = [C, 0], K = [0, −tC] and K Vᵀ = 0: R = I, to the last bit.
     """
     C = wide(C)
     E = wide(E)
@@ -433,9 +433,8 @@ def load_adapter(model: nn.Module, state: dict, check: bool = True) -> nn.Module
         raise ValueError("this is no adapter_state_dict: save that of an adapted model")
     inner = unwrapped(model)
     parameters = named_as_in_the_base(inner)
-    for name, told in state["base"].items():
-        known = not check or (name in parameters
-                              and torch.allclose(sample(parameters[name]), told.cpu(), rtol=0.005, atol=1e-7))
+    for name, expected in (state["base"] if check else {}).items():
+        known = name in parameters and torch.allclose(sample(parameters[name]), expected.cpu(), rtol=0.005, atol=1e-7)
         if not known:
             raise ValueError(f"{name} is not that of the training: load the same base; a layer that each process draws "
                              "at random is lost: name it in adapt's train next time; check=False loads all the same")
@@ -484,12 +483,12 @@ def save_as_peft(model: nn.Module, folder: str):
         "r": options["r"],
         "lora_alpha": options["alpha"],
         "lora_dropout": options["dropout"],
-        "target_modules": "|".join(map(re.escape, state["layers"])),  # not a list, where "0" means "1.0" too
+        "target_modules": [*state["layers"]],
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in adapted_layers(model).values()),
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, "adapter_model.safetensors").unlink(missing_ok=True)  # an older one, which peft would read instead
     torch.save(tensors, Path(folder, "adapter_model.bin"))
+    Path(folder, "adapter_model.safetensors").unlink(missing_ok=True)  # an older one, which peft would read instead
     Path(folder, "adapter_config.json").write_text(json.dumps(config))
 
 
@@ -603,7 +602,7 @@ def why_not(linear, r, alpha):
     if r not in range(1, 1 + min(linear.weight.shape)):
         return f"r={r!r} is outside 1..{min(linear.weight.shape)}"
     if not 0 < alpha < math.inf:
-        return f"alpha={alpha!r} is no number above 0"
+        return f"alpha={alpha} is no number above 0"
 
 
 def hooks_of(module):

@@ -151,10 +151,10 @@ class Lab:
         found = {"loss": None, "note": run.lost}
         if not run.lost:
             found |= judge(run.model, self.windows[split], args)
-        if not run.lost and split == "final":  # 210 singular value decompositions
+            found["trained"] = sum(p.numel() for p in run.trained)
+            found["ms"] = 1e3 * statistics.median(run.seconds)
+        if found["loss"] and split == "final":  # 210 singular value decompositions
             found |= train_gpt.spectrum(self.base, run.model)
-        found["trained"] = sum(p.numel() for p in run.trained or ())  # None where memory ran out
-        found["ms"] = 1e3 * statistics.median(run.seconds)
         found |= {f"start_{key}": value for key, value in self.start[split].items()}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         return found | versions
