@@ -6,6 +6,7 @@ as they are there, and draws spectra.svg and losses.svg. It needs matplotlib.
 """
 import json
 import math
+import re
 from pathlib import Path
 
 import matplotlib
@@ -127,7 +128,7 @@ def ranks(adapters, key):
 
 
 def print_line(*cells):
-    print(f"| {' | '.join(cells)} |".replace("nan", "-"))
+    print(re.sub(r"\+?nan( ± nan)?", "-", f"| {' | '.join(cells)} |"))
 
 
 def print_head(*titles):
@@ -186,12 +187,13 @@ def print_smol(title, rows, best):
     """Each method at its best rate, on the final split"""
     final = [row for row in rows if row["split"] == "final" and row["lr"] == best[row["name"]]]
     found = {name: [row for row in final if row["name"] == name] for name in best}
-    print_head(title, *COMPARED, "exact", "ms/step", *UPDATE.values())
-    print_line("(base)", "", mean(final[:1], "start_loss"), "", "", mean(final[:1], "start_exact"), *[""] * 4)
+    print_head(title, "seeds", *COMPARED, "exact", "ms/step", *UPDATE.values())
+    print_line("(base)", "", "", mean(final[:1], "start_loss"), "", "", mean(final[:1], "start_exact"), *[""] * 4)
     for name, seeds in found.items():
         if seeds:
             updates = [mean(seeds, key) for key in UPDATE]
-            print_line(name, *compared(seeds, found), mean(seeds, "exact"), mean(seeds, "ms", ".0f"), *updates)
+            exact, ms = mean(seeds, "exact"), mean(seeds, "ms", ".0f")
+            print_line(name, str(len(seeds)), *compared(seeds, found), exact, ms, *updates)
 
 
 def print_cost(found):
