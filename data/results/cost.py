@@ -49,7 +49,6 @@ def main():
     for run in runs:
         if args.compile and run.name == "peft-dora":
             run.forward = torch.compile(run.model, mode="reduce-overhead")  # it is no full graph
-    for run in runs:
         try:
             take_turns([run], train_gpt.WARM_UP, args)
         except RuntimeError as error:  # one that does not compile must not cost the others
